@@ -1,0 +1,1 @@
+"""Operations on packed bits: definitions, packed layouts, generated kernels. Knows nothing of graphs."""

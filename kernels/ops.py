@@ -1,0 +1,294 @@
+"""The operations of the rewritten graph: schemas, shapes (fakes) and dispatch by device.
+
+What each computes is defined in `reference` (on values) and `reference_ops` (on packed operands); layouts in
+`packing`. Declared with ``torch.library.Library``, which costs 2 us a call against 9 for ``custom_op``.
+All are tagged ``flexible_layout``: a kernel accepts any strides and returns NHWC memory order, so that
+Inductor inserts no copies around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import packing, selection
+from .packing import LANE_TILE, PANEL, WORD, ceil_div
+
+NAMESPACE = "fqt"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+SCHEMAS = {
+    "draw_seed": "(Device device) -> Tensor",
+    "check_finite": "(Tensor x, str where) -> Tensor",
+    "activation_threshold": "(Tensor x) -> Tensor",
+    "pack_activation": "(Tensor x, Tensor? threshold, Tensor? after=None) -> (Tensor, Tensor)",
+    "unpack_activation": "(Tensor x_bits, int channels, str code) -> Tensor",
+    "apply_mask": "(Tensor g, Tensor mask) -> Tensor",
+    "quantize_weight": "(Tensor weight, str mode) -> (Tensor, Tensor)",
+    "transpose_weight": "(Tensor w_bits, int in_channels, int out_channels) -> Tensor",
+    "unpack_weight": "(Tensor w_bits, Tensor weight_scale, int in_channels) -> Tensor",
+    "output_product": "(Tensor x_bits, Tensor w_bits, int in_channels, int out_channels, str code, "
+    "int[] stride, int[] padding) -> Tensor",
+    "row_importance": "(Tensor g, str kind) -> Tensor",
+    "channel_importance": "(Tensor g, Tensor rows, Tensor? row_scale, str kind) -> Tensor",
+    "select": "(Tensor importance, Tensor seed, int stream, str prune, int keep_num, int keep_den) -> (Tensor, Tensor)",
+    "prune_rows": "(Tensor g, Tensor rows, Tensor row_scale) -> Tensor",
+    "gather_rows": "(Tensor x, Tensor rows) -> Tensor",
+    "scatter_rows": "(Tensor kept, Tensor rows, SymInt size) -> Tensor",
+    "quantize_rows": "(Tensor g, Tensor? weight_scale, Tensor rows, Tensor? row_scale, Tensor seed, int stream, "
+    "int bits) -> (Tensor, Tensor, Tensor)",
+    "dequantize_rows": "(Tensor planes, Tensor scale, Tensor zero_point, Tensor rows, int channels, SymInt size) "
+    "-> Tensor",
+    "quantize_channels": "(Tensor g, Tensor rows, Tensor? row_scale, Tensor? channels, Tensor? channel_scale, "
+    "Tensor seed, int stream, int bits) -> (Tensor, Tensor, Tensor)",
+    "grad_input_product": "(Tensor planes, Tensor w_bits_t, int in_channels, int out_channels, "
+    "SymInt[] input_size, int[] stride, int[] padding) -> (Tensor, Tensor)",
+    "dequantize_grad_input": "(Tensor acc, Tensor weight_sum, Tensor scale, Tensor zero_point, Tensor rows, "
+    "Tensor mask) -> Tensor",
+    "grad_weight_product": "(Tensor lanes, Tensor x_bits, Tensor rows, int in_channels, int out_channels, str code, "
+    "SymInt[] output_size, int[] kernel, int[] stride, int[] padding) -> (Tensor, Tensor)",
+    "dequantize_grad_weight": "(Tensor acc, Tensor code_sum, Tensor scale, Tensor zero_point, Tensor? channels, "
+    "int out_channels) -> Tensor",
+    "weight_gradient": "(Tensor grad_hat, Tensor weight, Tensor weight_scale, str mode) -> Tensor",
+}
+
+_FAKES: dict[str, Callable[..., Any]] = {}
+Size = int | torch.SymInt
+
+
+def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
+    _FAKES[function.__name__.removeprefix("_")] = function
+    return function
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[Size], dtype: torch.dtype) -> Tensor:
+    """An uninitialized logical ``[N, C, *S]`` tensor stored in NHWC order."""
+    n, c, *spatial = shape
+    return packing.channels_second(like.new_empty([n, *spatial, c], dtype=dtype))
+
+
+def output_size(
+    size: Sequence[Size], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> list[Size]:
+    """Spatial size of a convolution's output, without dilation."""
+    return [(s + 2 * p - k) // t + 1 for s, k, t, p in zip(size, kernel, stride, padding, strict=True)]
+
+
+@_fake
+def _draw_seed(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+@_fake
+def _check_finite(x: Tensor, where: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_fake
+def _activation_threshold(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+@_fake
+def _pack_activation(x: Tensor, threshold: Tensor | None, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    n, c, *spatial = x.shape
+    shape = [n, *spatial, ceil_div(c, WORD)]
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.int64)
+
+
+@_fake
+def _unpack_activation(x_bits: Tensor, channels: int, code: str) -> Tensor:
+    n, *spatial, _ = x_bits.shape
+    return empty_nhwc(x_bits, [n, channels, *spatial], torch.float32)
+
+
+@_fake
+def _apply_mask(g: Tensor, mask: Tensor) -> Tensor:
+    return empty_nhwc(g, g.shape, g.dtype)
+
+
+@_fake
+def _quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    out_channels, in_channels, *kernel = weight.shape
+    panels = [ceil_div(out_channels, PANEL), *kernel, ceil_div(in_channels, WORD), PANEL]
+    return weight.new_empty(panels, dtype=torch.int64), weight.new_empty(out_channels, dtype=torch.float32)
+
+
+@_fake
+def _transpose_weight(w_bits: Tensor, in_channels: int, out_channels: int) -> Tensor:
+    _, *kernel, _, _ = w_bits.shape
+    return w_bits.new_empty([ceil_div(in_channels, PANEL), *kernel, ceil_div(out_channels, WORD), PANEL])
+
+
+@_fake
+def _unpack_weight(w_bits: Tensor, weight_scale: Tensor, in_channels: int) -> Tensor:
+    _, *kernel, _, _ = w_bits.shape
+    return empty_nhwc(weight_scale, [weight_scale.shape[0], in_channels, *kernel], torch.float32)
+
+
+@_fake
+def _output_product(
+    x_bits: Tensor,
+    w_bits: Tensor,
+    in_channels: int,
+    out_channels: int,
+    code: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    n, *spatial, _ = x_bits.shape
+    _, *kernel, _, _ = w_bits.shape
+    return empty_nhwc(x_bits, [n, out_channels, *output_size(spatial, kernel, stride, padding)], torch.int32)
+
+
+@_fake
+def _row_importance(g: Tensor, kind: str) -> Tensor:
+    return g.new_empty(g.shape[0], dtype=torch.float32)
+
+
+@_fake
+def _channel_importance(g: Tensor, rows: Tensor, row_scale: Tensor | None, kind: str) -> Tensor:
+    return g.new_empty(g.shape[1], dtype=torch.float32)
+
+
+@_fake
+def _select(
+    importance: Tensor, seed: Tensor, stream: int, prune: str, keep_num: int, keep_den: int
+) -> tuple[Tensor, Tensor]:
+    size = selection.selected_size(importance.shape[0], prune, Fraction(keep_num, keep_den))
+    return importance.new_empty(size, dtype=torch.int32), importance.new_empty(size)
+
+
+@_fake
+def _prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    return torch.empty_like(g)
+
+
+@_fake
+def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    return empty_nhwc(x, [rows.shape[0], *x.shape[1:]], x.dtype)
+
+
+@_fake
+def _scatter_rows(kept: Tensor, rows: Tensor, size: Size) -> Tensor:
+    return empty_nhwc(kept, [size, *kept.shape[1:]], kept.dtype)
+
+
+@_fake
+def _quantize_rows(
+    g: Tensor,
+    weight_scale: Tensor | None,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    seed: Tensor,
+    stream: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, c, *spatial = g.shape
+    k = rows.shape[0]
+    planes = g.new_empty([bits, k, *spatial, ceil_div(c, WORD)], dtype=torch.int64)
+    return planes, g.new_empty(k, dtype=torch.float32), g.new_empty(k, dtype=torch.float32)
+
+
+@_fake
+def _dequantize_rows(
+    planes: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, channels: int, size: Size
+) -> Tensor:
+    return empty_nhwc(scale, [size, channels, *planes.shape[2:-1]], torch.float32)
+
+
+@_fake
+def _quantize_channels(
+    g: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    channels: Tensor | None,
+    channel_scale: Tensor | None,
+    seed: Tensor,
+    stream: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    c = g.shape[1] if channels is None else channels.shape[0]
+    positions = rows.shape[0]
+    for size in g.shape[2:]:
+        positions = positions * size
+    lanes = g.new_empty([bits, ceil_div(c, LANE_TILE), ceil_div(positions, WORD), LANE_TILE], dtype=torch.int64)
+    return lanes, g.new_empty(c, dtype=torch.float32), g.new_empty(c, dtype=torch.float32)
+
+
+@_fake
+def _grad_input_product(
+    planes: Tensor,
+    w_bits_t: Tensor,
+    in_channels: int,
+    out_channels: int,
+    input_size: Sequence[Size],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    acc = empty_nhwc(planes, [planes.shape[1], in_channels, *input_size], torch.int32)
+    return acc, empty_nhwc(planes, [1, in_channels, *input_size], torch.int32)
+
+
+@_fake
+def _dequantize_grad_input(
+    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+) -> Tensor:
+    return empty_nhwc(scale, [mask.shape[0], *acc.shape[1:]], torch.float32)
+
+
+@_fake
+def _grad_weight_product(
+    lanes: Tensor,
+    x_bits: Tensor,
+    rows: Tensor,
+    in_channels: int,
+    out_channels: int,
+    code: str,
+    output_size: Sequence[Size],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    acc = empty_nhwc(lanes, [out_channels, in_channels, *kernel], torch.int32)
+    return acc, empty_nhwc(lanes, [1, in_channels, *kernel], torch.int32)
+
+
+@_fake
+def _dequantize_grad_weight(
+    acc: Tensor, code_sum: Tensor, scale: Tensor, zero_point: Tensor, channels: Tensor | None, out_channels: int
+) -> Tensor:
+    return empty_nhwc(scale, [out_channels, *acc.shape[1:]], torch.float32)
+
+
+@_fake
+def _weight_gradient(grad_hat: Tensor, weight: Tensor, weight_scale: Tensor, mode: str) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.float32)
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        tags = [torch.Tag.flexible_layout]
+        if name == "draw_seed":
+            tags.append(torch.Tag.nondeterministic_seeded)
+        _LIBRARY.define(name + schema, tags=tags)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_LIBRARY)
+        _LIBRARY.impl(name, _native(name), "BackendSelect" if name == "draw_seed" else "CPU")
+
+
+def _native(name: str) -> Callable[..., Any]:
+    """The CPU kernel of an operation; the module that needs a compiler is imported on the first call."""
+
+    def call(*args: Any) -> Any:
+        from . import cpu
+
+        return cpu.OPERATIONS[name](*args)
+
+    return call
+
+
+_register()

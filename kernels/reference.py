@@ -1,0 +1,339 @@
+"""The definition of every operation, in plain PyTorch on unpacked values. Kernels must equal it bit for bit.
+
+Notation: N samples (or rows of a linear layer), C_i and C_o channels, ``*S`` spatial axes (0, 1 or 2), all
+tensors logical ``[N, C, *S]``; wherever an order matters it is the memory order NHWC. Floating point is
+float32, evaluated in the order written, without fused multiply-add. Derivations: docs/math.md.
+Source: 1-bit FQT, arXiv 2408.14267; XNOR-Net, arXiv 1603.05279.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .packing import channels_last, channels_second
+
+LANES = 64
+"""Width of the vector a sum is defined over."""
+BLOCK = 4096
+"""Elements per block of the mean of a whole tensor."""
+EXACT_FLOAT32 = 1 << 24
+"""Integer sums up to this bound are exact in float32 in any order."""
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """float32 values of a float32, bfloat16 or float16 tensor (exact)."""
+    return x if x.dtype == torch.float32 else x.to(torch.float32)
+
+
+def lane_sum(values: Tensor) -> Tensor:
+    """The sum over the last axis, ``[..., n]`` -> ``[...]``, in one defined order.
+
+    The axis is padded with zeros to a multiple of 64 and cut into vectors of 64 lanes; the vectors are
+    added one after the other, starting from zero; then the lanes are halved: lane l += lane l + 32, 16, ... 1.
+    """
+    count = -(-values.shape[-1] // LANES)
+    padded = torch.nn.functional.pad(values, (0, count * LANES - values.shape[-1])).unflatten(-1, (count, LANES))
+    lanes = torch.zeros_like(padded[..., 0, :]) if count else values.new_zeros(*values.shape[:-1], LANES)
+    for k in range(count):
+        lanes = lanes + padded[..., k, :]
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def nhwc_rows(x: Tensor) -> Tensor:
+    """``[N, C, *S]`` -> ``[N, prod(S) * C]`` in NHWC order."""
+    return channels_last(x).flatten(1)
+
+
+# -- 1. binarizing (NUMERICS 1) ----------------------------------------------------------------------------
+
+
+def activation_threshold(x: Tensor) -> Tensor:
+    """``t`` = mean of the tensor, one float32 scalar.
+
+    Blocks of 4096 elements (NHWC order) are lane-summed in float32, the block sums are added one after the
+    other in float64, divided by the number of elements and rounded to float32.
+    """
+    flat = channels_last(as_float32(x)).flatten()
+    count = -(-flat.numel() // BLOCK)
+    blocks = torch.nn.functional.pad(flat, (0, count * BLOCK - flat.numel())).view(count, BLOCK)
+    total = 0.0
+    for block in lane_sum(blocks).tolist():
+        total += block
+    mean = total / flat.numel() if flat.numel() else 0.0
+    return torch.tensor(mean, dtype=torch.float64, device=x.device).to(torch.float32)
+
+
+def activation_bits(x: Tensor, threshold: Tensor | None) -> Tensor:
+    """bool ``[N, C, *S]``: the larger code value. ``sign`` code (no threshold): not x < 0; else x > t.
+
+    -0.0 and NaN count as +1 in the sign code; NaN as 0 in the threshold code (and t is NaN then).
+    """
+    return ~(as_float32(x) < 0) if threshold is None else as_float32(x) > threshold
+
+
+def activation_mask(x: Tensor, threshold: Tensor | None) -> Tensor:
+    """The straight-through mask, bool: |x| <= 1 for ``sign``, 0 < x <= 2 max(t, 0.5) for ``threshold``."""
+    x = as_float32(x)
+    if threshold is None:
+        return x.abs() <= 1
+    return (x > 0) & (x <= 2 * torch.clamp(threshold, min=0.5))
+
+
+def code_values(bits: Tensor, code: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """bits -> code values: {-1, +1} for ``sign``, {0, +1} for ``threshold``."""
+    values = bits.to(dtype)
+    return 2 * values - 1 if code == "sign" else values
+
+
+def weight_bits(weight: Tensor) -> Tensor:
+    """bool ``[C_o, C_i, *kernel]``: True where sign(W) = +1, that is, not W < 0."""
+    return ~(weight < 0)
+
+
+def weight_scale(weight: Tensor, mode: str) -> Tensor:
+    """``alpha[c_o]`` float32: mean |W| over the channel (``xnor``, XNOR-Net section 3.1) or 1 (``none``)."""
+    rows = nhwc_rows(as_float32(weight))
+    if mode == "none":
+        return torch.ones_like(rows[:, 0])
+    return lane_sum(rows.abs()) / rows.shape[1]
+
+
+# -- 2. products: exact integers ---------------------------------------------------------------------------
+
+
+def _exact_dtype(bound: int) -> torch.dtype:
+    return torch.float32 if bound < EXACT_FLOAT32 else torch.float64
+
+
+def _conv_args(
+    stride: Sequence[int], padding: Sequence[int]
+) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    spatial = len(stride)
+    return list(stride), list(padding), [1] * spatial, False, [0] * spatial, 1
+
+
+def output_product(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """``acc[n, c_o, p] = sum over taps and C_i of code(x) sign(W)``, int32; taps outside the image are skipped.
+
+    x: code values ``[N, C_i, *S]``; w: +-1 ``[C_o, C_i, *kernel]``. Without spatial axes a matrix product.
+    """
+    dtype = _exact_dtype(math.prod(w.shape[1:]))
+    x, w = x.to(dtype), w.to(dtype)
+    if not stride:
+        return (x @ w.t()).to(torch.int32)
+    return torch.ops.aten.convolution(x, w, None, *_conv_args(stride, padding)).to(torch.int32)
+
+
+def grad_input_product(
+    codes: Tensor, w: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """``acc = sum over taps and C_o of q sign(W)`` int32 ``[K, C_i, *S]`` and ``weight_sum`` int32 ``[1, C_i, *S]``.
+
+    codes: q in 0..2**b - 1, ``[K, C_o, *S_o]``; weight_sum is the same product with q = 1 everywhere: the factor
+    of the zero point, which at border pixels counts only the taps that reach the output.
+    """
+    dtype = _exact_dtype(255 * math.prod(w.shape) // max(1, w.shape[1]))
+    w = w.to(dtype)
+    with_ones = torch.cat([codes.to(dtype), torch.ones_like(codes[:1], dtype=dtype)])
+    if not stride:
+        product = with_ones @ w
+    else:
+        x = with_ones.new_empty(with_ones.shape[0], w.shape[1], *input_size)
+        args = (with_ones, x, w, None, *_conv_args(stride, padding), [True, False, False])
+        product = torch.ops.aten.convolution_backward(*args)[0]
+    return product[:-1].to(torch.int32), product[-1:].to(torch.int32)
+
+
+def grad_weight_product(
+    codes: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """``acc = sum over samples and positions of q code(x)`` int32 ``[C_o, C_i, *kernel]`` and ``code_sum``.
+
+    codes: ``[K, C_o, *S_o]``; x: code values of the same K samples ``[K, C_i, *S]``; code_sum int32
+    ``[1, C_i, *kernel]`` is the same product with q = 1: the factor of the zero point.
+    """
+    dtype = _exact_dtype(255 * codes.shape[0] * math.prod(codes.shape[2:]))
+    x = x.to(dtype)
+    with_ones = torch.cat([codes.to(dtype), torch.ones_like(codes[:, :1], dtype=dtype)], dim=1)
+    if not stride:
+        product = with_ones.t() @ x
+    else:
+        w = x.new_empty(with_ones.shape[1], x.shape[1], *kernel)
+        args = (with_ones, x, w, None, *_conv_args(stride, padding), [False, True, False])
+        product = torch.ops.aten.convolution_backward(*args)[1]
+    return product[:-1].to(torch.int32), product[-1:].to(torch.int32)
+
+
+# -- 3. choosing rows (NUMERICS 3; the selection itself is in selection.py) ----------------------------------
+
+
+def importance(rows: Tensor, kind: str) -> Tensor:
+    """float32 ``[N]`` of ``[N, n]`` rows: L2 norm (squares lane-summed), max - min, or 1."""
+    if kind == "uniform" or rows.shape[1] == 0:
+        return torch.ones_like(rows[:, 0]) if rows.shape[1] else rows.new_ones(rows.shape[0])
+    if kind == "norm":
+        return lane_sum(rows * rows).sqrt()
+    return rows.amax(1) - rows.amin(1)
+
+
+# -- 4. quantizing (NUMERICS 4) ------------------------------------------------------------------------------
+
+
+def quantize_groups(v: Tensor, index: Tensor, keys: tuple[int, int], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stochastic rounding of every row of ``v [G, n]`` to b bits: codes int64, scale and zero_point ``[G]``.
+
+    z = min v, s = (max v - min v) / (2**b - 1), r = 1 / s (0 where s = 0), q = floor((v - z) r + u) clamped to
+    0..2**b - 1, u = uniform noise of the element ``index``. A NaN in a group makes its s and z NaN and its
+    codes 0, so that everything dequantized from it is NaN. Departure from NUMERICS: a multiplication by the
+    rounded reciprocal instead of a division (four times cheaper; the bias is below 2**-23 of a step).
+    """
+    top = float((1 << bits) - 1)
+    zero = v.amin(1) + 0.0  # -0.0 becomes +0.0, so that the sign of zero does not depend on the order
+    scale = (v.amax(1) + 0.0 - zero) / top
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    position = (v - zero[:, None]) * inverse[:, None] + noise.uniform(index, keys)
+    codes = torch.nan_to_num(position, nan=0.0).clamp(0, top).floor().to(torch.int64)
+    return codes, scale, zero
+
+
+def _element_index(g: Tensor, rows: Tensor) -> Tensor:
+    """NHWC position of every element of ``g[rows]`` in the whole ``g``, logical ``[K, C, *S]``."""
+    size = math.prod(g.shape[1:])
+    inner = torch.arange(size, device=g.device).view(1, *g.shape[2:], g.shape[1])
+    return channels_second(inner + rows.to(torch.int64).view(-1, *[1] * (g.dim() - 1)) * size)
+
+
+def quantize_rows(
+    g: Tensor,
+    weight_scale: Tensor | None,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    keys: tuple[int, int],
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PSQ: one group per kept row of ``alpha * g`` (paper, per-sample quantizer). For grad_input.
+
+    g ``[N, C, *S]``, rows int32 ``[K]`` (-1: unused). Returns codes int64 ``[K, C, *S]``, scale and zero_point
+    float32 ``[K]``. 1/p_i is folded into both (quantizing commutes with a positive factor).
+    """
+    valid = rows[rows >= 0].to(torch.int64)
+    kept = as_float32(g)[valid]
+    if weight_scale is not None:
+        kept = kept * weight_scale.view(1, -1, *[1] * (g.dim() - 2))
+    codes = torch.zeros(rows.shape[0], *g.shape[1:], dtype=torch.int64, device=g.device)
+    scale, zero = torch.zeros(2, rows.shape[0], device=g.device)
+    if valid.numel():
+        index = nhwc_rows(_element_index(g, valid))
+        flat, s, z = quantize_groups(nhwc_rows(kept), index, keys, bits)
+        count = valid.shape[0]
+        codes[:count] = channels_second(flat.view(count, *g.shape[2:], g.shape[1]))
+        factor = 1.0 if row_scale is None else row_scale[:count]
+        scale[:count], zero[:count] = s * factor, z * factor
+    return codes, scale, zero
+
+
+def kept_gradient(g: Tensor, rows: Tensor, row_scale: Tensor | None) -> Tensor:
+    """``g[n] / p_n`` of the valid rows, float32 ``[K_valid, C, *S]``."""
+    valid = rows[rows >= 0].to(torch.int64)
+    kept = as_float32(g)[valid]
+    if row_scale is None:
+        return kept
+    return kept * row_scale[: valid.shape[0]].view(-1, *[1] * (g.dim() - 1))
+
+
+def quantize_channels(
+    g: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    channels: Tensor | None,
+    channel_scale: Tensor | None,
+    keys: tuple[int, int],
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PCQ: one group per output channel over the kept rows of ``g / p`` (paper, per-channel quantizer).
+
+    channels int32 ``[C']`` (-1: unused) restricts to kept channels, whose 1/p_c is folded into scale and
+    zero_point. Returns codes int64 ``[K, C', *S]``, scale and zero_point float32 ``[C']``. For grad_weight.
+    """
+    kept = kept_gradient(g, rows, row_scale)
+    index = _element_index(g, rows[rows >= 0])
+    count, width = kept.shape[0], g.shape[1] if channels is None else channels.shape[0]
+    codes = torch.zeros(rows.shape[0], width, *g.shape[2:], dtype=torch.int64, device=g.device)
+    scale, zero = torch.zeros(2, width, device=g.device)
+    used = width
+    if channels is not None:
+        chosen = channels[channels >= 0].to(torch.int64)
+        kept, index, used = kept[:, chosen], index[:, chosen], chosen.shape[0]
+    if count and used:
+        flat, s, z = quantize_groups(kept.transpose(0, 1).flatten(1), index.transpose(0, 1).flatten(1), keys, bits)
+        codes[:count, :used] = flat.view(used, count, *g.shape[2:]).transpose(0, 1)
+        factor = 1.0 if channel_scale is None else channel_scale[:used]
+        scale[:used], zero[:used] = s * factor, z * factor
+    return codes, scale, zero
+
+
+# -- 5. dequantizing (NUMERICS 2 and 5) ----------------------------------------------------------------------
+
+
+def per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    """``[C]`` shaped to broadcast over ``[N, C, *S]``."""
+    return vector.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def per_row(vector: Tensor, like: Tensor) -> Tensor:
+    """``[N]`` shaped to broadcast over ``[N, C, *S]``."""
+    return vector.view(-1, *[1] * (like.dim() - 1))
+
+
+def dequantize_output(acc: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``y = alpha[c_o] float(acc) + bias[c_o]``, float32."""
+    y = acc.to(torch.float32) * per_channel(weight_scale, acc)
+    return y if bias is None else y + per_channel(as_float32(bias), acc)
+
+
+def dequantize_grad_input(
+    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+) -> Tensor:
+    """``STE_mask (s_n float(acc) + z_n float(weight_sum))``, float32 ``[N, C_i, *S]``; 0 for rows not kept."""
+    values = per_row(scale, acc) * acc.to(torch.float32) + per_row(zero_point, acc) * weight_sum.to(torch.float32)
+    count = int((rows >= 0).sum())
+    grad = torch.zeros(mask.shape, dtype=torch.float32, device=acc.device)
+    grad[rows[:count].to(torch.int64)] = values[:count]
+    return torch.where(mask, grad, torch.zeros_like(grad))
+
+
+def dequantize_grad_weight(
+    acc: Tensor, code_sum: Tensor, scale: Tensor, zero_point: Tensor, channels: Tensor | None, out_channels: int
+) -> Tensor:
+    """``s_c float(acc) + z_c float(code_sum)``, float32 ``[C_o, C_i, *kernel]``; 0 for channels not kept."""
+    values = per_row(scale, acc) * acc.to(torch.float32) + per_row(zero_point, acc) * code_sum.to(torch.float32)
+    if channels is None:
+        return values
+    grad = torch.zeros(out_channels, *acc.shape[1:], device=acc.device)
+    count = int((channels >= 0).sum())
+    grad[channels[:count].to(torch.int64)] = values[:count]
+    return grad
+
+
+def weight_gradient(grad_hat: Tensor, weight: Tensor, weight_scale: Tensor, mode: str) -> Tensor:
+    """Gradient through ``W_hat = alpha sign(W)`` (XNOR-Net), float32 ``[C_o, C_i, *kernel]``.
+
+    ``alpha [|W| <= 1] grad_W_hat + sign(W) mean over the channel of (grad_W_hat sign(W))``; the second term
+    only for ``xnor``.
+    """
+    w = as_float32(weight)
+    inside = per_row(weight_scale, w) * grad_hat
+    grad = torch.where(w.abs() <= 1, inside, torch.zeros_like(inside))
+    if mode == "none":
+        return grad
+    sign = code_values(weight_bits(w), "sign")
+    mean = lane_sum(nhwc_rows(grad_hat * sign)) / math.prod(w.shape[1:])
+    return grad + sign * per_row(mean, w)
