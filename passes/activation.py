@@ -1,0 +1,146 @@
+"""Activation codes: ``threshold`` where an input is provably non-negative, ``sign`` elsewhere.
+
+The sign of a ReLU output says nothing (it is +1 everywhere), which is why unmodified networks need a second
+code. The proof is a walk up the graph with one rule per operator; what no rule covers is not proven.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, prims, value
+
+Proof = Callable[["NonNegativity", fx.Node], bool]
+
+ALWAYS = {
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten._softmax.default,
+    aten.abs.default,
+    aten.exp.default,
+    aten.softplus.default,
+    aten.sqrt.default,
+    aten.hardsigmoid.default,
+    aten.rand.default,
+    aten.rand_like.default,
+}
+FIRST_ARGUMENT = {
+    *CASTS,
+    *TRANSPOSES,
+    *VIEWS,
+    aten.expand.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.index.Tensor,
+    aten.mean.dim,
+    aten.mean.default,
+    aten.sum.dim_IntList,
+    aten.avg_pool2d.default,
+    aten.avg_pool1d.default,
+    aten._adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.max_pool2d_with_indices.default,
+    aten.upsample_nearest2d.vec,
+    aten.upsample_bilinear2d.vec,
+    prims._low_memory_max_pool_with_offsets.default,
+    aten.amax.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+EVERY_ARGUMENT = {
+    aten.add.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.minimum.default,
+    aten.add.Scalar,
+    aten.mul.Scalar,
+}
+COMPARISONS = {aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.eq.Scalar, aten.ne.Scalar}
+
+
+class NonNegativity:
+    """Answers whether a node's value is provably >= 0, remembering what it has proven."""
+
+    def __init__(self) -> None:
+        self._known: dict[fx.Node, bool] = {}
+
+    def __call__(self, item: Any) -> bool:
+        if isinstance(item, bool | int | float):
+            return item >= 0
+        if not isinstance(item, fx.Node):
+            return False
+        if item not in self._known:
+            self._known[item] = item.op == "call_function" and self._prove(item)
+        return self._known[item]
+
+    def _prove(self, node: fx.Node) -> bool:
+        if isinstance(node.meta.get("val"), torch.Tensor) and value(node).dtype == torch.bool:
+            return True
+        if node.target in ALWAYS or node.target in COMPARISONS:
+            return True
+        if node.target in FIRST_ARGUMENT:
+            return self(arguments(node)[0])
+        if node.target in EVERY_ARGUMENT:
+            return all(self(arg) for arg in arguments(node)[:2]) and all(self(arg) for arg in node.kwargs.values())
+        rule = RULES.get(node.target)
+        return rule is not None and rule(self, node)
+
+
+def _any_of_two(proven: NonNegativity, node: fx.Node) -> bool:
+    return any(proven(arg) for arg in arguments(node)[:2])
+
+
+def _square(proven: NonNegativity, node: fx.Node) -> bool:
+    exponent = arguments(node)[1]
+    return (isinstance(exponent, int | float) and exponent % 2 == 0) or proven(arguments(node)[0])
+
+
+def _hardtanh(proven: NonNegativity, node: fx.Node) -> bool:
+    return len(arguments(node)) > 1 and proven(arguments(node)[1])
+
+
+def _clamp(proven: NonNegativity, node: fx.Node) -> bool:
+    low, high = ([*arguments(node)[1:3], None, None])[:2]
+    return (proven(low) or proven(arguments(node)[0])) and (high is None or proven(high))
+
+
+RULES: dict[Any, Proof] = {
+    operator.getitem: lambda proven, node: arguments(node)[1] == 0 and proven(arguments(node)[0]),
+    aten.clamp_min.default: _any_of_two,
+    aten.maximum.default: _any_of_two,
+    aten.clamp_max.default: lambda proven, node: proven(arguments(node)[0]) and proven(arguments(node)[1]),
+    aten.clamp.default: _clamp,
+    aten.hardtanh.default: _hardtanh,
+    aten.pow.Tensor_Scalar: _square,
+    aten.cat.default: lambda proven, node: all(proven(part) for part in arguments(node)[0]),
+    aten.where.self: lambda proven, node: proven(arguments(node)[1]) and proven(arguments(node)[2]),
+    aten.constant_pad_nd.default: lambda proven, node: (
+        proven(arguments(node)[0]) and proven(([*arguments(node), 0])[2])
+    ),
+    aten.full.default: lambda proven, node: proven(arguments(node)[1]),
+}
+
+
+def choose_code(x: fx.Node, setting: str, proven: NonNegativity) -> tuple[str, str]:
+    """The activation code of a site with input ``x``, and why."""
+    if setting != "auto":
+        return setting, f"asked for by activation={setting!r}"
+    if proven(x):
+        return "threshold", f"input is non-negative ({_origin(x)})"
+    return "sign", f"input may be negative ({_origin(x)})"
+
+
+def _origin(x: fx.Node) -> str:
+    """The operator an input comes from, looking through views and casts."""
+    while x.op == "call_function" and (x.target in FIRST_ARGUMENT or x.target is operator.getitem):
+        x = arguments(x)[0]
+    return "graph input" if x.op == "placeholder" else str(x.target).replace("aten.", "").split(".")[0]

@@ -1,0 +1,90 @@
+"""Forward rewrite: output = dequantize(packed product(quantize x, quantize W)).
+
+threshold     = mean(x)                                  (threshold code only)
+x_bits, mask  = pack_activation(x, threshold)            NUMERICS 1
+w_bits, alpha = quantize_weight(W)
+acc           = output_product(x_bits, w_bits)           exact int32
+output        = alpha * float(acc) + bias                ATen: Inductor fuses it with what follows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..config import FQTConfig
+from .graph import Emitter, Insertion, aten, is_training, replace, value
+from .sites import Site
+
+fqt = torch.ops.fqt
+
+
+@dataclasses.dataclass
+class PackedForward:
+    """Nodes of a packed forward that its backward reads."""
+
+    x_bits: fx.Node
+    mask: fx.Node
+    w_bits: fx.Node
+    weight_scale: fx.Node
+    weight: fx.Node
+    acc: fx.Node
+
+
+def rewrite_forward(
+    graph: fx.Graph, sites: Sequence[Site], config: FQTConfig
+) -> tuple[dict[int, PackedForward], fx.Node | None]:
+    """Replace the output of every packed site. Returns the new nodes by site index, and the step's seed."""
+    emitter = Emitter(graph, "forward")
+    packed = [site for site in sites if site.packed]
+    seed = None
+    if packed and is_training(graph) and config.grad != "exact" and any(site.trained for site in packed):
+        first = emitter.at(packed[0].output, "step")
+        seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)
+    nodes: dict[int, PackedForward] = {}
+    for site in packed:
+        # The seed rides along with one forward operation, or the partitioner would draw it in the backward.
+        nodes[site.index] = _pack_site(emitter.at(site.output, site.name), site, config, None if nodes else seed)
+    return nodes, seed
+
+
+def _pack_site(at: Insertion, site: Site, config: FQTConfig, seed: fx.Node | None) -> PackedForward:
+    x = site.x
+    if config.check_finite:
+        x = at.call("check", fqt.check_finite.default, x, f"{site.name} (input)")
+    threshold = None
+    if site.activation == "threshold":
+        threshold = at.call("threshold", fqt.activation_threshold.default, x)
+    x_bits, mask = at.call("quantize_input", fqt.pack_activation.default, x, threshold, *([seed] if seed else []))
+    weight = site.weight
+    if site.weight_is_transposed:
+        weight = at.call("weight", aten.permute.default, weight, [1, 0])
+    w_bits, alpha = at.call("quantize_weight", fqt.quantize_weight.default, weight, config.weight_scale)
+    acc = at.call(
+        "product",
+        fqt.output_product.default,
+        x_bits,
+        w_bits,
+        site.in_channels,
+        site.out_channels,
+        site.activation,
+        list(site.stride),
+        list(site.padding),
+    )
+    output = _dequantize(at, acc, alpha, site.bias, len(site.stride))
+    replace(site.output, output, at, "output")
+    return PackedForward(x_bits, mask, w_bits, alpha, weight, acc)
+
+
+def _dequantize(at: Insertion, acc: fx.Node, alpha: fx.Node, bias: fx.Node | None, spatial: int) -> fx.Node:
+    """``alpha[c] * float(acc) + bias[c]`` in float32."""
+    shape = [1, -1, *[1] * spatial]
+    output = at.call("dequantize", torch.ops.prims.convert_element_type.default, acc, torch.float32)
+    output = at.call("dequantize", aten.mul.Tensor, output, at.call("dequantize", aten.view.default, alpha, shape))
+    if bias is not None:
+        bias = at.cast("dequantize", bias, torch.float32)
+        output = at.call("output", aten.add.Tensor, output, at.call("dequantize", aten.view.default, bias, shape))
+    return output

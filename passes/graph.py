@@ -1,0 +1,199 @@
+"""Small helpers over an AOTAutograd graph: what a node is, what it derives from, how a node is added."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import maybe_enable_thunkify
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
+VIEWS = frozenset(
+    {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default, aten.clone.default}
+)
+COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom")
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Why a node is in the graph: the pass that made it, for which site, in which role."""
+
+    made_by: str
+    site: str
+    role: str
+
+
+def provenance(node: fx.Node) -> Provenance | None:
+    """The provenance of a node made by a pass, else None."""
+    return node.meta.get("fqt")
+
+
+def is_backward(node: fx.Node) -> bool:
+    """True for nodes AOTAutograd placed in the backward part of a joint graph."""
+    tag = node.meta.get("partitioner_tag")
+    if tag is not None:
+        return tag in ("is_backward", "must_be_in_backward")
+    return bool(node.meta.get("autograd_backward"))
+
+
+def is_call(node: object, target: object) -> bool:
+    """True if ``node`` calls exactly this operator overload."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments, typed for what they are in an ATen graph."""
+    return node.args
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node."""
+    return node.meta["val"]
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """True if the node's value is one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def strip(node: fx.Node, targets: Iterable[object]) -> fx.Node:
+    """Follow first arguments upwards while the node calls one of ``targets``."""
+    while node.op == "call_function" and node.target in targets and isinstance(arguments(node)[0], fx.Node):
+        node = arguments(node)[0]
+    return node
+
+
+def strip_casts(node: fx.Node) -> fx.Node:
+    """The tensor a chain of dtype casts starts from."""
+    return strip(node, CASTS)
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The tensor a chain of casts, transposes and views starts from."""
+    return strip(node, CASTS | TRANSPOSES | VIEWS)
+
+
+def is_training(graph: fx.Graph) -> bool:
+    """True for a joint graph: it has tangents, or nodes of the backward part."""
+    return any(is_backward(node) for node in graph.nodes)
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The fake mode the graph was traced with, or None for a graph without tensors."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+
+
+class Emitter:
+    """Adds call nodes with all the metadata Inductor and the partitioner need."""
+
+    def __init__(self, graph: fx.Graph, made_by: str) -> None:
+        self.graph = graph
+        self.made_by = made_by
+        self.fake_mode = fake_mode_of(graph)
+
+    def at(self, anchor: fx.Node, site: str, *, after: bool = False) -> Insertion:
+        """Insert before (or directly after) ``anchor``, in the same part of the graph, for ``site``."""
+        return Insertion(self, anchor, site, after)
+
+
+class Insertion:
+    """A position in the graph. Nodes appear in the order of the calls."""
+
+    def __init__(self, emitter: Emitter, anchor: fx.Node, site: str, after: bool) -> None:
+        self.emitter, self.like, self.site = emitter, anchor, site
+        self.before = anchor.next if after else anchor
+
+    def call(self, role: str, target: Callable[..., Any], *args: Any) -> Any:
+        """Add ``target(*args)``. Returns the node, or a tuple of nodes for an operator with several results."""
+        with self.emitter.graph.inserting_before(self.before):
+            node = self.emitter.graph.call_function(target, args)
+        with self.emitter.fake_mode, maybe_enable_thunkify():
+            result = target(*fx.node.map_arg(args, value))
+        self._describe(node, result, role)
+        if not isinstance(result, tuple | list):
+            return node
+        return tuple(self._item(node, i, part, role) for i, part in enumerate(result))
+
+    def size(self, node: fx.Node, dim: int) -> int | fx.Node:
+        """Size of a dimension: an int, or a node where it is symbolic."""
+        size = value(node).shape[dim]
+        return size if isinstance(size, int) else self.call("size", aten.sym_size.int, node, dim)
+
+    def cast(self, role: str, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """``node`` as ``dtype``; nothing is added if it already is."""
+        if value(node).dtype == dtype:
+            return node
+        return self.call(role, prims.convert_element_type.default, node, dtype)
+
+    def _item(self, node: fx.Node, i: int, part: Any, role: str) -> fx.Node:
+        with self.emitter.graph.inserting_before(self.before):
+            item = self.emitter.graph.call_function(operator.getitem, (node, i))
+        self._describe(item, part, role)
+        return item
+
+    def _describe(self, node: fx.Node, result: Any, role: str) -> None:
+        node.meta["val"] = result
+        for key in COPIED_META:
+            if key in self.like.meta:
+                node.meta[key] = self.like.meta[key]
+        backward = is_backward(self.like)
+        node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
+        if backward:
+            node.meta["autograd_backward"] = True
+        node.meta["fqt"] = Provenance(self.emitter.made_by, self.site, role)
+
+
+def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> None:
+    """Use ``new`` (float32) in place of ``node``, in the dtype its users want.
+
+    Users that only move ``node`` about and then cast it to the dtype of ``new`` (autocast's way of returning a
+    gradient to its parameter) are rebuilt on ``new``, so that nothing is rounded on the way.
+    """
+    if value(node).dtype == value(new).dtype:
+        node.replace_all_uses_with(new)
+        return
+    for user in list(node.users):
+        if is_call(user, user.target) and user.target in CASTS and value(user).dtype == value(new).dtype:
+            user.replace_all_uses_with(new)
+        elif is_call(user, user.target) and user.target in TRANSPOSES | VIEWS:
+            after = Insertion(insertion.emitter, user, insertion.site, after=True)
+            replace(user, after.call(role, user.target, new, *arguments(user)[1:]), after, role)
+    if any(user.users or user.op == "output" for user in node.users):
+        node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
+
+
+def describe(graph: fx.Graph) -> str:
+    """The graph as text, one node per line: name, type, call, and the pass and site that made it."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {_arguments(node.args)}")
+            continue
+        made = provenance(node)
+        comment = f"  # {made.made_by}: {made.site} {made.role}" if made else ""
+        call = "" if node.op == "placeholder" else f" = {_target(node)}({_arguments(node.args)})"
+        lines.append(f"{node.name}: {_type(node.meta.get('val'))}{call}{comment}")
+    return "\n".join(lines)
+
+
+def _target(node: fx.Node) -> str:
+    return "getitem" if node.target is operator.getitem else str(node.target)
+
+
+def _arguments(args: Sequence[Any]) -> str:
+    return ", ".join(str(arg) for arg in args)
+
+
+def _type(result: Any) -> str:
+    if isinstance(result, torch.Tensor):
+        return f"{str(result.dtype).removeprefix('torch.')}[{', '.join(str(s) for s in result.shape)}]"
+    return type(result).__name__

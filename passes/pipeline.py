@@ -1,0 +1,163 @@
+"""The pipeline: one ordered list of passes over one AOTAutograd graph, each with a checked contract.
+
+A pass is a function of the `State`. It names the facts it requires and the facts it ensures; the pipeline
+refuses to run a pass whose requirements are missing, runs the pass's own check afterwards, lints the graph and
+names the pass that failed. Passes before "forward" only analyse; those after it never search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from ..config import FQTConfig
+from ..errors import PassError
+from ..kernels import ops
+from . import activation, backward, decide, forward, rows, save, share, sites
+from .graph import describe
+
+FUEL_VARIABLE = "FQT_COMPILE_FUEL"
+
+
+@dataclasses.dataclass
+class State:
+    """A graph on its way through the pipeline."""
+
+    graph: fx.Graph
+    config: FQTConfig
+    names: Sequence[str | None] = ()
+    fuel: int | None = None
+    sites: list[sites.Site] = dataclasses.field(default_factory=list)
+    choice: rows.RowChoice = rows.NOTHING_PRUNED
+    forward: dict[int, forward.PackedForward] = dataclasses.field(default_factory=dict)
+    seed: fx.Node | None = None
+    facts: set[str] = dataclasses.field(default_factory=lambda: {"graph"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One step: what it needs, what it does, what holds afterwards."""
+
+    name: str
+    run: Callable[[State], object]
+    requires: tuple[str, ...]
+    ensures: str
+    check: Callable[[State], str | None] = lambda state: None
+
+
+def _match(state: State) -> None:
+    state.sites = sites.match(state.graph, state.names)
+
+
+def _decide(state: State) -> None:
+    decide.decide(state.sites, state.config, state.fuel)
+
+
+def _activation(state: State) -> None:
+    proven = activation.NonNegativity()
+    for site in state.sites:
+        if site.packed:
+            code, reason = activation.choose_code(site.x, state.config.activation, proven)
+            site.activation, site.activation_reason = code, reason
+
+
+def _rows(state: State) -> None:
+    if not state.config.prunes:
+        state.choice = rows.NOTHING_PRUNED
+    elif state.config.scope == "layer":
+        state.choice = rows.RowChoice(None, "asked for by scope='layer'")
+    else:
+        state.choice = rows.choose_cut(state.graph, state.sites)
+
+
+def _forward(state: State) -> None:
+    state.forward, state.seed = forward.rewrite_forward(state.graph, state.sites, state.config)
+
+
+def _backward(state: State) -> None:
+    backward.rewrite_backward(state.graph, state.sites, state.forward, state.seed, state.choice, state.config)
+
+
+def _share(state: State) -> None:
+    state.graph.eliminate_dead_code()
+    share.share(state.graph)
+
+
+def _save(state: State) -> None:
+    save.tag_saved(state.graph, state.forward.values(), state.seed)
+
+
+def _decided(state: State) -> str | None:
+    silent = [s.name for s in state.sites if not s.reason]
+    return f"sites without a reason: {silent}" if silent else None
+
+
+def _coded(state: State) -> str | None:
+    missing = [s.name for s in state.sites if s.packed and s.activation is None]
+    return f"packed sites without an activation code: {missing}" if missing else None
+
+
+def _no_float_left(state: State) -> str | None:
+    """No packed site may still compute, or be differentiated, by its old nodes."""
+    present = set(state.graph.nodes)
+    for site in state.sites:
+        if site.packed:
+            old = (site.output, site.grad_input, site.grad_weight)
+            left = [n.name for n in old if n is not None and n in present and n.users]
+            if left:
+                return f"{site.name}: float nodes still in use: {left}"
+    return None
+
+
+PIPELINE = (
+    Pass("match", _match, ("graph",), "sites"),
+    Pass("decide", _decide, ("sites",), "decisions", _decided),
+    Pass("activation", _activation, ("decisions",), "codes", _coded),
+    Pass("rows", _rows, ("decisions",), "row choice"),
+    Pass("forward", _forward, ("codes",), "packed forward"),
+    Pass("save", _save, ("packed forward",), "tags"),
+    Pass("backward", _backward, ("packed forward", "row choice"), "packed backward"),
+    Pass("share", _share, ("packed backward", "tags"), "shared operands", _no_float_left),
+)
+
+
+def run_pipeline(
+    graph: fx.Graph,
+    config: FQTConfig,
+    names: Sequence[str | None] = (),
+    observe: Callable[[str, str], None] | None = None,
+) -> State:
+    """Rewrite ``graph`` in place. ``observe(pass name, graph text)`` is called after every pass.
+
+    Raises `PassError` naming the pass whose contract was broken.
+    """
+    state = State(graph, config, names, fuel_from_environment())
+    for step in PIPELINE:
+        missing = [fact for fact in step.requires if fact not in state.facts]
+        if missing:
+            raise PassError(f"pass {step.name!r} needs {missing}, which no earlier pass ensured; got {state.facts}")
+        step.run(state)
+        problem = step.check(state)
+        if problem is not None:
+            raise PassError(f"pass {step.name!r} broke its contract: {problem}")
+        graph.lint()
+        state.facts.add(step.ensures)
+        if observe is not None:
+            observe(step.name, describe(graph))
+    return state
+
+
+def fuel_from_environment() -> int | None:
+    """``FQT_COMPILE_FUEL=n`` packs only the first n sites: bisects which rewrite breaks a model."""
+    text = os.environ.get(FUEL_VARIABLE)
+    if text is None:
+        return None
+    if not text.isdigit():
+        raise PassError(f"{FUEL_VARIABLE}: got {text!r}; accepted: the number of sites to pack, 0 or more")
+    return int(text)
+
+
+assert ops.NAMESPACE == "fqt"

@@ -1,0 +1,44 @@
+"""Pack once, use everywhere: identical quantizations of the same operand become one node."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .graph import provenance
+
+fqt = torch.ops.fqt
+SHAREABLE = frozenset(
+    {
+        fqt.activation_threshold.default,
+        fqt.pack_activation.default,
+        fqt.quantize_weight.default,
+        fqt.transpose_weight.default,
+        fqt.unpack_activation.default,
+        fqt.unpack_weight.default,
+    }
+)
+
+
+def share(graph: fx.Graph) -> int:
+    """Merge equal quantizations; returns how many nodes were dropped.
+
+    The seed that rides on the first ``pack_activation`` is not part of what it computes.
+    """
+    first: dict[object, fx.Node] = {}
+    dropped = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or provenance(node) is None:
+            continue
+        if node.target in SHAREABLE:
+            key = (node.target, node.args[:2] if node.target is fqt.pack_activation.default else node.args)
+        elif node.name.startswith("getitem") and isinstance(node.args[0], fx.Node) and node.args[0].target in SHAREABLE:
+            key = (node.target, node.args)
+        else:
+            continue
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+            dropped += 1
+    return dropped
