@@ -1,0 +1,162 @@
+"""``torch.compile(model, backend="fqt1bit")``: options -> joint-graph pass -> Inductor, or the eager lowering.
+
+The pass runs as Inductor's ``joint_custom_pre_pass``, on the joint forward and backward graph in training and
+on the forward graph in inference. Inductor compiles everything around the packed operations; its min-cut
+partitioner decides, by our tags, what is saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .config import FQTConfig
+from .errors import ConfigError, FQTWarning
+from .kernels.reference_ops import OPERATIONS
+from .passes.decide import unmatched_patterns
+from .passes.pipeline import State, fuel_from_environment, run_pipeline
+
+SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*")
+
+
+@functools.cache
+def source_hash() -> str:
+    """Digest of everything a rewritten graph depends on besides the options."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    here = pathlib.Path(__file__).parent
+    for pattern in SOURCES:
+        for path in sorted(here.glob(pattern)):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class FQTPass(CustomGraphPass):
+    """The pipeline as Inductor's joint pass. ``uuid`` covers options, names and sources, so caches stay right."""
+
+    def __init__(
+        self,
+        config: FQTConfig,
+        names: Sequence[str | None],
+        on_state: Callable[[State], None] | None = None,
+        observe: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self.config, self.names, self.on_state, self.observe = config, tuple(names), on_state, observe
+
+    def __call__(self, graph: fx.Graph) -> None:
+        state = run_pipeline(graph, self.config, self.names, self.observe)
+        warn_about(state)
+        if self.on_state is not None:
+            self.on_state(state)
+
+    def uuid(self) -> Any:
+        return source_hash(), self.config.canonical(), repr(self.names), fuel_from_environment()
+
+
+def fqt1bit(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | FQTConfig | None = None,
+    mode: str | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """The backend. ``options``: fields of `FQTConfig` (and ``preset``), or an `FQTConfig`.
+
+    Raises `ConfigError` for a wrong option, `CompilerMissingError` where native kernels cannot be built.
+    """
+    config = options if isinstance(options, FQTConfig) else FQTConfig.from_options(options)
+    if mode not in (None, "default"):
+        raise ConfigError(f"mode: got {mode!r}; accepted: none, the fqt1bit backend takes options={{...}} instead")
+    if unknown.pop("dynamic", None) is not None or unknown:
+        raise ConfigError(f"unknown backend arguments {sorted(unknown)}; accepted: options")
+    joint_pass = FQTPass(config, parameter_names(gm, example_inputs))
+    if config.lowering == "eager":
+        return compile_interpreted(gm, example_inputs, joint_pass, ReferenceInterpreter)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches={"joint_custom_pre_pass": joint_pass})
+    return compiled
+
+
+def compile_interpreted(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    joint_pass: CustomGraphPass,
+    interpreter: Callable[[fx.GraphModule], fx.Interpreter],
+    on_graph: Callable[[fx.GraphModule, bool], None] | None = None,
+) -> Callable[..., Any]:
+    """Partition as for Inductor, but interpret both graphs node by node."""
+
+    def inner_compile(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if on_graph is not None:
+            on_graph(graph, bool(kwargs.get("is_backward")))
+        running = interpreter(graph)
+
+        def run(args: list[Any]) -> Any:
+            return running.boxed_run(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    # Cached artifacts must be Inductor's own; an interpreted graph is none.
+    patches = {"joint_custom_pre_pass": joint_pass, "fx_graph_cache": False}
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
+    return compiled
+
+
+class ReferenceInterpreter(fx.Interpreter):
+    """Runs a rewritten graph with the reference operations: the oracle, which needs no compiler."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(target, "namespace", None) == "fqt":
+            target = OPERATIONS[target._schema.name.removeprefix("fqt::")]
+        elif target is torch.ops.aten.view.default:
+            target = torch.reshape  # packed operations return NHWC memory, where a traced view may need a copy
+        return super().call_function(target, args, kwargs)
+
+
+def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str | None]:
+    """Module path of every graph input that is a parameter; None for other inputs."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names: list[str | None] = []
+    for node, example in zip(inputs, example_inputs, strict=False):
+        is_parameter = isinstance(example, torch.nn.Parameter)
+        names.append(_module_path(node) if is_parameter else None)
+    return names
+
+
+def _module_path(node: fx.Node) -> str:
+    """``L['self']._modules['layer1']._modules['0']._parameters['weight']`` -> ``layer1.0``."""
+    source = getattr(node, "_dynamo_source", None)
+    text = source.name if source is not None else node.name
+    text = text() if callable(text) else text
+    path = re.findall(r"_modules\['([^']+)'\]", text)
+    parameter = re.findall(r"_parameters\['([^']+)'\]", text)
+    if parameter and parameter[-1] != "weight":
+        path.append(parameter[-1])
+    return ".".join(path) or "(model)"
+
+
+def warn_about(state: State) -> None:
+    """Say what a user would otherwise find out from a benchmark."""
+    if not any(site.packed for site in state.sites):
+        reasons = "; ".join(f"{site.name}: {site.reason}" for site in state.sites) or "it has no such layer"
+        warnings.warn(
+            f"fqt1bit: no convolution or linear layer of this graph is packed, all of it runs in float ({reasons})",
+            FQTWarning,
+            stacklevel=2,
+        )
+    unmatched = unmatched_patterns(state.sites, state.config.skip)
+    if unmatched:
+        names = ", ".join(site.name for site in state.sites)
+        warnings.warn(f"fqt1bit: skip={unmatched} names no layer; layers: {names}", FQTWarning, stacklevel=2)

@@ -1,0 +1,216 @@
+"""Capturing a model's joint graphs without training it: what eager FQT, `explain` and `compare` share.
+
+A capture compiles a throw-away function that calls the model, so it neither uses nor fills the caches of the
+user's own compiled model, and it restores buffers and the random state afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .backend import FQTPass, compile_interpreted, parameter_names
+from .config import FQTConfig
+from .errors import CaptureError
+from .passes.graph import arguments, describe, value
+from .passes.pipeline import State, run_pipeline
+from .passes.sites import Site
+
+_COUNTER = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """One use of a convolution or linear layer, as decided by the passes.
+
+    ``saved_bytes_before``: its input in the dtype of the graph; ``saved_bytes_after``: its packed bits and
+    mask (equal where the layer stays in float). ``macs``: products of one forward pass.
+    """
+
+    name: str
+    kind: str
+    decision: str
+    reason: str
+    activation: str | None
+    activation_reason: str
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int
+    saved_bytes_before: int
+    saved_bytes_after: int
+    rows_are_tokens: bool
+    below_cut: bool
+
+
+@dataclasses.dataclass
+class CapturedGraph:
+    """One graph of a model (graph breaks make several) with what the passes made of it."""
+
+    sites: list[SiteReport]
+    row_choice: str
+    stages: dict[str, str]
+    saved_bytes: int
+
+
+def capture(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    config: FQTConfig,
+    *,
+    rewrite: bool = False,
+) -> list[CapturedGraph]:
+    """Trace ``model(*args, **kwargs)`` with gradients and run the pipeline on every graph.
+
+    With ``rewrite=False`` the pipeline sees a copy and the model runs, and saves, in float; with True the
+    rewritten graphs are partitioned (``saved_bytes`` is then theirs) but not executed.
+    """
+    graphs: list[CapturedGraph] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        analysis = _Analysis(config, parameter_names(gm, example_inputs), rewrite)
+        interpreter = _Unexecuted if rewrite else fx.Interpreter
+        compiled = compile_interpreted(gm, example_inputs, analysis, interpreter, analysis.see_partition)
+        graphs.append(analysis.result())
+        return compiled
+
+    run_captured(model, args, kwargs, backend)
+    if not graphs:
+        raise CaptureError("the model ran without a single tensor operation that torch.compile could capture")
+    return graphs
+
+
+class _Analysis(FQTPass):
+    """The joint pass of a capture: records stages and sites; rewrites the graph itself only if asked to."""
+
+    def __init__(self, config: FQTConfig, names: Sequence[str | None], rewrite: bool) -> None:
+        self.stages: dict[str, str] = {}
+        super().__init__(config, names, observe=self.stages.__setitem__)
+        self.rewrite = rewrite
+        self.state: State | None = None
+        self.sites: list[SiteReport] = []
+        self.saved_bytes = 0
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.stages["captured"] = describe(graph)
+        target = graph if self.rewrite else _copy(graph)
+        self.state = run_pipeline(target, self.config, self.names, self.observe)
+        self.sites = [report(site, site.index in self.state.choice.below) for site in self.state.sites]
+
+    def uuid(self) -> Any:
+        return None
+
+    def see_partition(self, gm: fx.GraphModule, is_backward: bool) -> None:
+        if is_backward:
+            self.saved_bytes += saved_bytes(gm)
+
+    def result(self) -> CapturedGraph:
+        choice = self.state.choice.reason if self.state is not None else ""
+        return CapturedGraph(self.sites, choice, self.stages, self.saved_bytes)
+
+
+class _Unexecuted(fx.Interpreter):
+    """Returns zeros of the right shape instead of running a graph."""
+
+    def boxed_run(self, args_list: list[Any]) -> Any:
+        args_list.clear()
+        output = next(n for n in self.module.graph.nodes if n.op == "output")  # type: ignore[union-attr]
+        return [self._zeros(item) for item in arguments(output)[0]]
+
+    @staticmethod
+    def _zeros(item: Any) -> Any:
+        fake = item.meta.get("val") if isinstance(item, fx.Node) else item
+        if not isinstance(fake, torch.Tensor):
+            return fake
+        sizes = [int(s) for s in fake.shape]
+        return torch.zeros(sizes, dtype=fake.dtype, device=fake.device).as_strided(
+            sizes, [int(s) for s in fake.stride()]
+        )
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    output: Any = new.graph_copy(graph, {}, return_output_node=True)
+    if output is not None:
+        new.output(output[0]).meta = copy.copy(output[1].meta)
+    return new
+
+
+def run_captured(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+) -> Any:
+    """Compile a throw-away call of ``model`` with ``backend``, run it, undo its side effects."""
+    with _undone(model):
+        return torch.compile(_fresh_call(model), backend=backend, dynamic=False)(*args, **kwargs)
+
+
+def _fresh_call(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with a code object of its own, since Dynamo's caches hang on code objects."""
+    model = getattr(model, "_orig_mod", model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    code = call.__code__.replace(co_name=f"fqt_capture_{next(_COUNTER)}")
+    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+
+
+@contextlib.contextmanager
+def _undone(model: Any) -> Iterator[None]:
+    """Restore buffers and the default generator, and compute with gradients enabled."""
+    module = getattr(model, "__self__", model)
+    buffers = [(b, b.clone()) for b in module.buffers()] if isinstance(module, nn.Module) else []
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def saved_bytes(backward: fx.GraphModule) -> int:
+    """Bytes of the tensors a backward graph receives from the forward, without the graph's own inputs."""
+    total = 0
+    for node in backward.graph.nodes:
+        if node.op == "placeholder" and not node.name.startswith(("primals", "tangents")):
+            fake = node.meta.get("val")
+            if isinstance(fake, torch.Tensor):
+                total += int(fake.numel()) * fake.element_size()
+    return total
+
+
+def report(site: Site, below_cut: bool) -> SiteReport:
+    """The public view of a matched site."""
+    x, output = value(site.x), value(site.output)
+    before = int(x.numel()) * x.element_size()
+    after = before
+    if site.packed:
+        words = math.ceil(site.in_channels / 64)
+        after = 2 * 8 * words * int(x.numel()) // site.in_channels
+    return SiteReport(
+        name=site.name,
+        kind=site.kind,
+        decision=site.decision,
+        reason=site.reason,
+        activation=site.activation,
+        activation_reason=site.activation_reason,
+        input_shape=tuple(int(s) for s in x.shape),
+        weight_shape=tuple(int(s) for s in site.weight_shape),
+        output_shape=tuple(int(s) for s in output.shape),
+        macs=int(output.numel()) * math.prod(int(s) for s in site.weight_shape[1:]),
+        saved_bytes_before=before,
+        saved_bytes_after=after,
+        rows_are_tokens=site.rows_are_tokens,
+        below_cut=below_cut,
+    )

@@ -1,0 +1,178 @@
+"""Eager FQT: any model with its convolution and linear layers computed by the definition (kernels/reference).
+
+Written independently of the graph passes, in terms of values instead of packed bits, so that either can be
+tested against the other. It needs no compiler. Decisions (which layers, which activation code) are the same:
+they come from one capture of the model at the first call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .capture import SiteReport, capture
+from .config import FQTConfig
+from .eager_layers import FloatLayer, Geometry, LayerCall, PackedLayer, Step
+from .errors import CaptureError, ConfigError
+
+CONVOLUTIONS: dict[Any, tuple[int, bool]] = {
+    torch.conv1d: (1, False),
+    torch.conv2d: (2, False),
+    torch.conv3d: (3, False),
+    torch.conv_transpose1d: (1, True),
+    torch.conv_transpose2d: (2, True),
+    torch.conv_transpose3d: (3, True),
+}
+PRODUCTS = frozenset({torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__})
+
+
+def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None) -> nn.Module:
+    """A copy of ``model``, sharing its parameters, whose layers compute eager FQT.
+
+    model: any module `torch.compile` can capture. config: an `FQTConfig` or a mapping of its fields.
+    Buffers are copied. Every forward with gradients draws one seed from torch's default generator at its
+    first packed layer, as the compiled graph does, so equal generator states give equal noise.
+
+    Exactness: with ``lowering="eager"`` the compiled graph equals this bit for bit wherever the float
+    operations between the layers do; where Inductor decomposes one (BatchNorm), it differs by rounding,
+    which can move a quantized code by one step.
+
+    Raises `ConfigError` for a wrong type, `CaptureError` if the calls of a forward do not match its capture.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
+    model = getattr(model, "_orig_mod", model)
+    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    copied = copy.deepcopy(model, shared)
+    cls = type(model)
+    copied.__class__ = type(f"EagerFQT{cls.__name__}", (cls,), {"forward": _eager_forward, "__module__": __name__})
+    copied._fqt_config = settings
+    copied._fqt_plan = None
+    return copied
+
+
+def _eager_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original = super(type(self), self).forward
+    if self._fqt_plan is None:
+        graphs = capture(original, args, kwargs, self._fqt_config)
+        self._fqt_plan = [site for graph in graphs for site in graph.sites]
+    step = Step(self._fqt_config)
+    mode = _LayerMode(self._fqt_plan, step)
+    with mode:
+        output = original(*args, **kwargs)
+    mode.require_complete()
+    step.place_cut(output)
+    return output
+
+
+class _LayerMode(TorchFunctionMode):
+    """Sends the k-th convolution or linear call of a forward to the k-th site of the plan."""
+
+    def __init__(self, plan: list[SiteReport], step: Step) -> None:
+        super().__init__()
+        self.plan, self.step, self.next = plan, step, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in CONVOLUTIONS:
+            return self._run(_convolution(func, *args, **kwargs), func, args, kwargs)
+        if func is F.linear:
+            return self._run(_linear(*args, **kwargs), func, args, kwargs)
+        if func is torch.addmm and not set(kwargs) - {"mat1", "mat2"}:
+            bias, x, weight = (*args, *kwargs.values())[:3]
+            if _is_parameter(weight):
+                return self._run(_linear(x, weight.t(), bias), func, args, kwargs)
+        if func in PRODUCTS and len(args) == 2 and _is_parameter(args[1]):
+            return self._run(_linear(args[0], args[1].t()), func, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            # Its body asks for overrides before it does anything; only its own linear layers are of interest.
+            with mock.patch.object(F, "has_torch_function", return_value=False), self:
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _run(self, call: LayerCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        site = self._site(call)
+        layer = PackedLayer if site.decision == "packed" else FloatLayer
+        if layer is FloatLayer and not self.step.prunes_once:
+            return func(*args, **kwargs)
+        shape = call.x.shape
+        x = call.x.reshape(-1, shape[-1]) if call.geometry.kind == "linear" else call.x
+        output = layer.apply(x, call.weight, call.bias, call.geometry, site, self.next - 1, self.step)
+        self.step.record(output, site)
+        return output.unflatten(0, shape[:-1]) if call.geometry.kind == "linear" else output
+
+    def _site(self, call: LayerCall) -> SiteReport:
+        if self.next >= len(self.plan):
+            raise CaptureError(
+                f"eager FQT: call {self.next + 1} of a layer, but the captured model has {len(self.plan)}"
+            )
+        site = self.plan[self.next]
+        self.next += 1
+        if site.kind != call.geometry.kind or site.weight_shape != tuple(call.weight.shape):
+            raise CaptureError(
+                f"eager FQT: layer call {self.next} is a {call.geometry.kind} with weight {tuple(call.weight.shape)}, "
+                f"but the captured model has {site.name}, a {site.kind} with weight {site.weight_shape}. "
+                "Remedy: a model whose layers depend on its input needs one eager copy per variant"
+            )
+        return site
+
+    def require_complete(self) -> None:
+        if self.next != len(self.plan):
+            raise CaptureError(
+                f"eager FQT: a forward called {self.next} layers, but the captured model has {len(self.plan)}"
+            )
+
+
+def _is_parameter(weight: Any) -> bool:
+    base = weight._base if isinstance(weight, Tensor) and weight._base is not None else weight
+    return isinstance(base, nn.Parameter) and weight.dim() == 2
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall:
+    return LayerCall(input, weight, bias, Geometry(kind="linear"))
+
+
+def _convolution(func: Callable[..., Any], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> LayerCall:
+    spatial, transposed = CONVOLUTIONS[func]
+    names = ["bias", "stride", "padding"]
+    names += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    padding = given.get("padding", 0)
+    dilation = _per_axis(given.get("dilation", 1), spatial)
+    if isinstance(padding, str):
+        input, padding = _named_padding(input, weight, padding, dilation)
+    geometry = Geometry(
+        kind=f"conv{'_transpose' if transposed else ''}{spatial}d",
+        stride=_per_axis(given.get("stride", 1), spatial),
+        padding=_per_axis(padding, spatial),
+        dilation=dilation,
+        transposed=transposed,
+        output_padding=_per_axis(given.get("output_padding", 0), spatial),
+        groups=given.get("groups", 1),
+    )
+    return LayerCall(input, weight, given.get("bias"), geometry)
+
+
+def _per_axis(setting: Any, spatial: int) -> tuple[int, ...]:
+    values = (setting,) if isinstance(setting, int) else tuple(setting)
+    return values * spatial if len(values) == 1 else values
+
+
+def _named_padding(x: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]) -> tuple[Tensor, Any]:
+    """``"valid"`` and ``"same"`` as sizes; an uneven "same" pads the input by one more at the end, as PyTorch does."""
+    if padding == "valid":
+        return x, 0
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(t % 2 for t in total):
+        x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
+    return x, [t // 2 for t in total]
