@@ -1,7 +1,10 @@
 """1-bit fully quantized training as a compiler pass: ``torch.compile(model, backend="fqt1bit")``."""
 
 from .backend import fqt1bit
+from .compare import Comparison, compare
 from .config import FQTConfig
+from .eager import eager
+from .explain import Report, explain
 
-__all__ = ["FQTConfig", "fqt1bit"]
+__all__ = ["Comparison", "FQTConfig", "Report", "compare", "eager", "explain", "fqt1bit"]
 __version__ = "0.1.0"

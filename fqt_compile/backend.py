@@ -109,7 +109,8 @@ def compile_interpreted(
 
     # Cached artifacts must be Inductor's own; an interpreted graph is none.
     patches = {"joint_custom_pre_pass": joint_pass, "fx_graph_cache": False}
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    functorch = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+    with torch._functorch.config.patch(functorch):
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
     return compiled
 

@@ -176,7 +176,8 @@ def _undone(model: Any) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for buffer, before in buffers:
-                    buffer.copy_(before)
+                    if not torch.equal(buffer, before):  # writing would invalidate what autograd saved
+                        buffer.copy_(before)
 
 
 def saved_bytes(backward: fx.GraphModule) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -187,14 +188,16 @@ class PackedLayer(torch.autograd.Function):
             grad_input, grad_weight = backward.exact(g.to(torch.float32), wanted)
         else:
             grad_input, grad_weight = backward.quantized(g, step_rows, wanted)
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_bias = None
-        if bias_dtype is not None and wanted[2]:
-            kept = g if step_rows is None else nhwc(_gather(g, step_rows))
-            grad_bias = kept.sum([0, *range(2, g.dim())]).to(bias_dtype)
-        grad_input = None if grad_input is None else grad_input.to(x_dtype)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        if ctx.dtypes[2] is not None and wanted[2]:
+            kept = nhwc(g if step_rows is None else _gather(g, step_rows))
+            grad_bias = kept.sum([0, *range(2, g.dim())])
+        return *_cast((grad_input, grad_weight, grad_bias), ctx.dtypes), None, None, None, None
+
+
+def _cast(grads: Sequence[Tensor | None], dtypes: Sequence[Any]) -> list[Tensor | None]:
+    """Each gradient in the dtype of what it is the gradient of."""
+    return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 def _is_below(step: Step, ctx: Any) -> bool:
@@ -288,20 +291,23 @@ class _LayerBackward:
 
     def _float_products(self, g: Tensor, to_input: bool, to_weight: bool) -> tuple[Tensor | None, Tensor | None]:
         x, weight = nhwc(self.values), nhwc(self.sign * reference.per_row(self.alpha, self.sign))
-        return float_gradients(g, x, weight, self.geometry, to_input, to_weight)
+        return float_gradients(g, x, weight, self.geometry, [to_input, to_weight, False])[:2]
 
 
 def float_gradients(
-    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, to_input: bool, to_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """grad_input and grad_weight of a float layer, in the dtype of its operands even inside autocast."""
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad_input, grad_weight and grad_bias of a float layer, in the dtype of its operands even inside autocast."""
     with torch.autocast(g.device.type, enabled=False):
         if geometry.kind == "linear":
-            return (g @ weight if to_input else None), (g.t() @ x if to_weight else None)
+            grads = (g @ weight if wanted[0] else None, g.t() @ x if wanted[1] else None)
+            return *grads, (g.sum(0) if wanted[2] else None)
         args = (geometry.stride, geometry.padding, geometry.dilation, geometry.transposed, geometry.output_padding)
-        wanted = [to_input, to_weight, False]
-        grads = aten.convolution_backward(g, x, weight, None, *args, geometry.groups, wanted)
-        return grads[0], grads[1]
+        bias_size = [g.shape[1]] if wanted[2] else None
+        output: tuple[Tensor | None, Tensor | None, Tensor | None] = aten.convolution_backward(
+            g, x, weight, bias_size, *args, geometry.groups, wanted
+        )
+        return output
 
 
 class FloatLayer(torch.autograd.Function):
@@ -338,12 +344,8 @@ class FloatLayer(torch.autograd.Function):
         size = x.shape[0]
         if rows is not None:
             g, x = nhwc(_gather(g, rows)), nhwc(_gather(x, rows))
-        wanted = ctx.needs_input_grad
-        grad_input, grad_weight = float_gradients(g, x, weight, geometry, wanted[0], wanted[1])
+        wanted = [*ctx.needs_input_grad[:2], ctx.dtypes[2] is not None and ctx.needs_input_grad[2]]
+        grad_input, grad_weight, grad_bias = float_gradients(g, x, weight, geometry, wanted)
         if grad_input is not None and rows is not None:
             grad_input = _scatter(grad_input, rows, size)
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad_bias = g.sum([0, *range(2, g.dim())]).to(bias_dtype) if bias_dtype is not None and wanted[2] else None
-        grad_input = None if grad_input is None else grad_input.to(x_dtype)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None
+        return *_cast((grad_input, grad_weight, grad_bias), ctx.dtypes), None, None, None, None

@@ -226,7 +226,8 @@ def _replace_grad_bias(at: Insertion, site: Site, g: fx.Node, step_rows: fx.Node
 
 def _rewrite_exact(at: Insertion, site: Site, forward: PackedForward, config: FQTConfig) -> None:
     """QAT: exact gradients of the binarized layer, in float32."""
-    g = at.cast("grad_output", _checked_gradient(at, site, config), torch.float32)
+    gradient = _checked_gradient(at, site, config)
+    g = at.cast("grad_output", gradient, torch.float32)
     weight = at.call(
         "dequantize_weight", fqt.unpack_weight.default, forward.w_bits, forward.weight_scale, site.in_channels
     )
@@ -236,7 +237,7 @@ def _rewrite_exact(at: Insertion, site: Site, forward: PackedForward, config: FQ
         replace(site.grad_input, masked, at, "grad_input")
     if grad_hat is not None:
         _finish_grad_weight(at, site, forward, grad_hat, config)
-    _replace_grad_bias(at, site, g, None)
+    _replace_grad_bias(at, site, gradient, None)
 
 
 def _float_products(

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..config import FQTConfig
-from .graph import Emitter, Insertion, aten, is_training, replace, value
+from .graph import Emitter, Insertion, aten, is_training, mark, replace, value
 from .sites import Site
 
 fqt = torch.ops.fqt
@@ -75,7 +75,8 @@ def _pack_site(at: Insertion, site: Site, config: FQTConfig, seed: fx.Node | Non
         list(site.padding),
     )
     output = _dequantize(at, acc, alpha, site.bias, len(site.stride))
-    replace(site.output, output, at, "output")
+    mark(output, "output")
+    replace(site.output, output, at, "cast")
     return PackedForward(x_bits, mask, w_bits, alpha, weight, acc)
 
 
@@ -86,5 +87,5 @@ def _dequantize(at: Insertion, acc: fx.Node, alpha: fx.Node, bias: fx.Node | Non
     output = at.call("dequantize", aten.mul.Tensor, output, at.call("dequantize", aten.view.default, alpha, shape))
     if bias is not None:
         bias = at.cast("dequantize", bias, torch.float32)
-        output = at.call("output", aten.add.Tensor, output, at.call("dequantize", aten.view.default, bias, shape))
+        output = at.call("dequantize", aten.add.Tensor, output, at.call("dequantize", aten.view.default, bias, shape))
     return output

@@ -36,6 +36,11 @@ def provenance(node: fx.Node) -> Provenance | None:
     return node.meta.get("fqt")
 
 
+def mark(node: fx.Node, role: str) -> None:
+    """Give a node made by a pass the role by which it is looked up (``output``, ``grad_input``, ...)."""
+    node.meta["fqt"] = dataclasses.replace(node.meta["fqt"], role=role)
+
+
 def is_backward(node: fx.Node) -> bool:
     """True for nodes AOTAutograd placed in the backward part of a joint graph."""
     tag = node.meta.get("partitioner_tag")

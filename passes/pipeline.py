@@ -15,7 +15,7 @@ from torch import fx
 
 from ..config import FQTConfig
 from ..errors import PassError
-from ..kernels import ops
+from ..kernels import ops  # noqa: F401  (declares torch.ops.fqt)
 from . import activation, backward, decide, forward, rows, save, share, sites
 from .graph import describe
 
@@ -112,16 +112,21 @@ def _no_float_left(state: State) -> str | None:
     return None
 
 
-PIPELINE = (
+ANALYSES = (
     Pass("match", _match, ("graph",), "sites"),
     Pass("decide", _decide, ("sites",), "decisions", _decided),
     Pass("activation", _activation, ("decisions",), "codes", _coded),
     Pass("rows", _rows, ("decisions",), "row choice"),
+)
+REWRITES = (
     Pass("forward", _forward, ("codes",), "packed forward"),
     Pass("save", _save, ("packed forward",), "tags"),
     Pass("backward", _backward, ("packed forward", "row choice"), "packed backward"),
     Pass("share", _share, ("packed backward", "tags"), "shared operands", _no_float_left),
 )
+
+
+PIPELINE = ANALYSES + REWRITES
 
 
 def run_pipeline(
@@ -134,8 +139,16 @@ def run_pipeline(
 
     Raises `PassError` naming the pass whose contract was broken.
     """
-    state = State(graph, config, names, fuel_from_environment())
-    for step in PIPELINE:
+    return _run(PIPELINE, State(graph, config, names, fuel_from_environment()), observe)
+
+
+def analyse(graph: fx.Graph, config: FQTConfig, names: Sequence[str | None] = ()) -> State:
+    """Only the analyses: sites, decisions, codes and row choice of ``graph``, which stays as it is."""
+    return _run(ANALYSES, State(graph, config, names, fuel_from_environment()), None)
+
+
+def _run(steps: Sequence[Pass], state: State, observe: Callable[[str, str], None] | None) -> State:
+    for step in steps:
         missing = [fact for fact in step.requires if fact not in state.facts]
         if missing:
             raise PassError(f"pass {step.name!r} needs {missing}, which no earlier pass ensured; got {state.facts}")
@@ -143,10 +156,10 @@ def run_pipeline(
         problem = step.check(state)
         if problem is not None:
             raise PassError(f"pass {step.name!r} broke its contract: {problem}")
-        graph.lint()
+        state.graph.lint()
         state.facts.add(step.ensures)
         if observe is not None:
-            observe(step.name, describe(graph))
+            observe(step.name, describe(state.graph))
     return state
 
 
@@ -158,6 +171,3 @@ def fuel_from_environment() -> int | None:
     if not text.isdigit():
         raise PassError(f"{FUEL_VARIABLE}: got {text!r}; accepted: the number of sites to pack, 0 or more")
     return int(text)
-
-
-assert ops.NAMESPACE == "fqt"

@@ -1,7 +1,9 @@
 """What is kept for the backward: packed bits. Tags for the min-cut partitioner (Inductor's own).
 
-Activation bits, masks, weight bits and scales are saved; the integer outputs of the products, from which the
-float output is a pointwise function, are computed again from the bits.
+Activation bits and masks are saved; the integer outputs of the products, from which the float output is a
+pointwise function, are computed again from the bits. Weight bits are saved where they are smaller than the
+layer's saved activations, and packed again from the parameter (which costs no memory to keep) where they are not:
+a wide linear layer at a small batch would otherwise save more than float training does.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .forward import PackedForward
-from .graph import is_training
+from .graph import arguments, is_training, value
 
 
 def tag_saved(graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node | None) -> None:
@@ -20,8 +23,19 @@ def tag_saved(graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node |
     if not is_training(graph):
         return
     for site in forward:
-        for node in (site.x_bits, site.mask, site.w_bits, site.weight_scale):
+        activations = (site.x_bits, site.mask)
+        # The operation itself returns a tuple, which cannot be saved: it must be recomputable for its items to be.
+        weights = (arguments(site.w_bits)[0], site.w_bits, site.weight_scale)
+        save_weights = _hint(site.w_bits) <= _hint(site.x_bits) + _hint(site.mask)
+        for node in activations:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        for node in weights[1:] if save_weights else weights:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if save_weights else CheckpointPolicy.PREFER_RECOMPUTE
         site.acc.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     if seed is not None:
         seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _hint(node: fx.Node) -> int:
+    """Number of words; a symbolic batch counts as its current value."""
+    return optimization_hint(value(node).numel())

@@ -1,0 +1,241 @@
+"""`compare`: one training step of a model, layer by layer: compiled FQT against eager FQT and against float.
+
+Four runs from the same state of the random generator:
+
+    compiled   torch.compile(model, backend="fqt1bit")           its loss and weight gradients
+    eager      fqt_compile.eager(model)                           the same
+    native     the rewritten graph, node by node, native kernels  every layer's output, grad_input, grad_weight
+    reference  the rewritten graph, node by node, reference       the same: native must equal it bit for bit
+    float      the model's own graph                              the same, with exact arithmetic
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from .backend import FQTPass, ReferenceInterpreter, compile_interpreted, fqt1bit, parameter_names
+from .capture import run_captured
+from .config import FQTConfig
+from .eager import eager
+from .errors import CaptureError, ConfigError
+from .passes.graph import Provenance, provenance
+from .passes.pipeline import analyse
+
+ROLES = ("output", "grad_input", "grad_weight")
+Values = dict[tuple[str, str], Tensor]
+Loss = Callable[[Any], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteComparison:
+    """Differences at one packed layer.
+
+    native: largest |native - reference| by role, relative to the largest reference value; 0 means bit-equal.
+    eager: the same for the compiled model's weight gradient against eager FQT's (None without a gradient).
+    float_cosine: cosine between FQT and float by role; binarizing alone makes it smaller than 1.
+    """
+
+    name: str
+    activation: str
+    native: dict[str, float]
+    eager: float | None
+    float_cosine: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`. ``losses``: by run. ``sites``: the packed layers in forward order."""
+
+    losses: dict[str, float]
+    sites: list[SiteComparison]
+
+    @property
+    def native_equals_reference(self) -> bool:
+        """Are all integer and float values of the packed layers bit-equal?"""
+        return all(difference == 0 for site in self.sites for difference in site.native.values())
+
+    @property
+    def largest_eager_difference(self) -> float:
+        """Largest relative weight gradient difference, compiled against eager FQT."""
+        return max((site.eager for site in self.sites if site.eager is not None), default=0.0)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=150, no_color=True)
+        console.print(self.render())
+        console.print("  ".join(f"loss {run}: {loss:.6f}" for run, loss in self.losses.items()))
+        console.print(
+            f"native kernels equal the reference bit for bit: {'yes' if self.native_equals_reference else 'NO'}"
+        )
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def render(self) -> Table:
+        """One row a layer, for a rich console."""
+        table = Table(title="compiled FQT against the reference, eager FQT and float")
+        table.add_column("layer")
+        table.add_column("code")
+        for role in ROLES:
+            table.add_column(f"{role}\nnative - reference", justify="right")
+        table.add_column("weight.grad\ncompiled - eager", justify="right")
+        for role in ROLES:
+            table.add_column(f"{role}\ncosine to float", justify="right")
+        for site in self.sites:
+            native = [_number(site.native.get(role), ".1e") for role in ROLES]
+            cosines = [_number(site.float_cosine.get(role), ".3f") for role in ROLES]
+            table.add_row(site.name, site.activation, *native, _number(site.eager, ".1e"), *cosines)
+        return table
+
+
+def compare(
+    model: nn.Module,
+    *args: Any,
+    config: FQTConfig | Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Run one forward and backward of ``loss(model(*args))`` in every way and compare layer by layer.
+
+    loss: maps the model's output to a scalar; default: mean of squares of the first tensor. Parameters' ``grad``,
+    buffers and the random state are left as they were.
+
+    Raises `ConfigError` for wrong options, `CompilerMissingError` where native kernels cannot be built.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
+    settings = (config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)).replace(lowering="native")
+    run = _Runs(model, args, kwargs or {}, settings, loss or _mean_square)
+    losses: dict[str, float] = {}
+    gradients: dict[str, dict[str, Tensor]] = {}
+    losses["compiled"], gradients["compiled"] = run.compiled()
+    losses["eager"], gradients["eager"] = run.eager()
+    losses["native"], native = run.recorded(_Recorder, rewrite=True)
+    losses["reference"], reference = run.recorded(_ReferenceRecorder, rewrite=True)
+    losses["float"], floats = run.recorded(_Recorder, rewrite=False)
+    sites = [_compare_site(name, code, native, reference, floats, gradients) for name, code in run.packed_sites.items()]
+    return Comparison(losses, sites)
+
+
+class _Runs:
+    """The runs of one comparison: same model, inputs, loss and random state."""
+
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: FQTConfig, loss: Loss
+    ) -> None:
+        self.model, self.args, self.kwargs, self.config, self.loss = model, args, kwargs, config, loss
+        self.packed_sites: dict[str, str] = {}
+
+    def compiled(self) -> tuple[float, dict[str, Tensor]]:
+        return self._gradients(self.model, lambda gm, inputs: fqt1bit(gm, inputs, options=self.config))
+
+    def eager(self) -> tuple[float, dict[str, Tensor]]:
+        copied = eager(self.model, self.config)
+        with torch.random.fork_rng(devices=[]):
+            copied(*self.args, **self.kwargs)  # captures the plan, so that the run below draws the seed first
+        loss, gradients = self._step(copied, lambda call: call(*self.args, **self.kwargs))
+        return loss, gradients
+
+    def recorded(self, interpreter: type[_Recorder], *, rewrite: bool) -> tuple[float, Values]:
+        values: Values = {}
+
+        def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            joint = (FQTPass if rewrite else _MarkPass)(self.config, parameter_names(gm, inputs), self._note_sites)
+            return compile_interpreted(gm, inputs, joint, lambda graph: interpreter(graph, values))
+
+        loss, _ = self._gradients(self.model, backend)
+        return loss, values
+
+    def _note_sites(self, state: Any) -> None:
+        self.packed_sites |= {site.name: site.activation for site in state.sites if site.packed}
+
+    def _gradients(self, model: nn.Module, backend: Callable[..., Any]) -> tuple[float, dict[str, Tensor]]:
+        return self._step(model, lambda call: run_captured(call, self.args, self.kwargs, backend))
+
+    def _step(self, model: nn.Module, forward: Callable[[nn.Module], Any]) -> tuple[float, dict[str, Tensor]]:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with torch.random.fork_rng(devices=[]):
+            loss = self.loss(forward(model))
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return float(loss), {name: g for name, g in zip(named, grads, strict=True) if g is not None}
+
+
+class _MarkPass(FQTPass):
+    """Names the float nodes of every site that would be packed, and changes nothing."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for site in analyse(graph, self.config, self.names).sites:
+            for role in ROLES:
+                node = getattr(site, role)
+                if site.packed and node is not None:
+                    node.meta["fqt"] = Provenance("mark", site.name, role)
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps a copy of every layer's output, grad_input and grad_weight."""
+
+    def __init__(self, graph: fx.GraphModule, values: Values) -> None:
+        super().__init__(graph)
+        self.values = values
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        made = provenance(n)
+        if made is not None and made.role in ROLES and isinstance(result, Tensor):
+            self.values.setdefault((made.site, made.role), result.detach().clone())
+        return result
+
+
+class _ReferenceRecorder(_Recorder, ReferenceInterpreter):
+    """The same with reference operations."""
+
+
+def _compare_site(
+    name: str,
+    code: str,
+    native: Values,
+    reference: Values,
+    floats: Values,
+    gradients: dict[str, dict[str, Tensor]],
+) -> SiteComparison:
+    roles = [role for role in ROLES if (name, role) in native and (name, role) in reference]
+    parameter = next((p for p in (f"{name}.weight", name, "weight") if p in gradients["eager"]), None)
+    return SiteComparison(
+        name=name,
+        activation=code,
+        native={role: relative_difference(native[name, role], reference[name, role]) for role in roles},
+        eager=None
+        if parameter is None
+        else relative_difference(gradients["compiled"][parameter], gradients["eager"][parameter]),
+        float_cosine={role: cosine(native[name, role], floats[name, role]) for role in roles if (name, role) in floats},
+    )
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """``max |a - b| / max |b|``; 0 for two zero tensors."""
+    if a.shape != b.shape:
+        raise CaptureError(f"compare: got shapes {tuple(a.shape)} and {tuple(b.shape)} for the same quantity")
+    largest = float(b.abs().max()) if b.numel() else 0.0
+    difference = float((a.float() - b.float()).abs().max()) if b.numel() else 0.0
+    return difference / largest if largest > 0 else difference
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of the angle between two tensors of the same shape, or NaN if either is zero."""
+    b = b.t() if a.shape != b.shape and a.dim() == 2 else b
+    norm = float(a.float().norm() * b.float().norm())
+    return float((a.float() * b.float()).sum()) / norm if norm > 0 else float("nan")
+
+
+def _mean_square(output: Any) -> Tensor:
+    first = next(t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor))
+    return first.float().square().mean()
+
+
+def _number(number: float | None, form: str) -> str:
+    return "-" if number is None else "0" if number == 0 else format(number, form)
