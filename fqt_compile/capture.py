@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .backend import FQTPass, compile_interpreted, parameter_names
+from .backend import FQTPass, compile_interpreted, parameter_names, warn_about
 from .config import FQTConfig
 from .errors import CaptureError
 from .passes.graph import arguments, describe, value
@@ -105,6 +105,8 @@ class _Analysis(FQTPass):
         self.stages["captured"] = describe(graph)
         target = graph if self.rewrite else _copy(graph)
         self.state = run_pipeline(target, self.config, self.names, self.observe)
+        if not self.rewrite:  # a report captures twice; once is enough to say it
+            warn_about(self.state)
         self.sites = [report(site, site.index in self.state.choice.below) for site in self.state.sites]
 
     def uuid(self) -> Any:

@@ -82,7 +82,8 @@ def rewrite_backward(
 
 def _prune_at_cut(emitter: Emitter, cut: fx.Node, shared: Backward) -> tuple[fx.Node, fx.Node]:
     """Choose the step's rows at the cut and scale them by 1/p; below, rows not kept are zero."""
-    at = emitter.at(cut, "step", after=True)
+    # Before the first use, not after the cut: a cut that is a graph input stands above the seed.
+    at = emitter.at(next(node for node in emitter.graph.nodes if cut in node.all_input_nodes), "step")
     importance = at.call("importance", fqt.row_importance.default, cut, shared.config.importance)
     rows, scale = shared.select(at, importance, STEP_STREAM)
     pruned = at.call("prune", fqt.prune_rows.default, cut, rows, scale)

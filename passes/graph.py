@@ -105,21 +105,20 @@ class Emitter:
         self.made_by = made_by
         self.fake_mode = fake_mode_of(graph)
 
-    def at(self, anchor: fx.Node, site: str, *, after: bool = False) -> Insertion:
-        """Insert before (or directly after) ``anchor``, in the same part of the graph, for ``site``."""
-        return Insertion(self, anchor, site, after)
+    def at(self, anchor: fx.Node, site: str) -> Insertion:
+        """Insert before ``anchor``, in the same part of the graph, for ``site``."""
+        return Insertion(self, anchor, site)
 
 
 class Insertion:
     """A position in the graph. Nodes appear in the order of the calls."""
 
-    def __init__(self, emitter: Emitter, anchor: fx.Node, site: str, after: bool) -> None:
-        self.emitter, self.like, self.site = emitter, anchor, site
-        self.before = anchor.next if after else anchor
+    def __init__(self, emitter: Emitter, anchor: fx.Node, site: str) -> None:
+        self.emitter, self.anchor, self.site = emitter, anchor, site
 
     def call(self, role: str, target: Callable[..., Any], *args: Any) -> Any:
         """Add ``target(*args)``. Returns the node, or a tuple of nodes for an operator with several results."""
-        with self.emitter.graph.inserting_before(self.before):
+        with self.emitter.graph.inserting_before(self.anchor):
             node = self.emitter.graph.call_function(target, args)
         with self.emitter.fake_mode, maybe_enable_thunkify():
             result = target(*fx.node.map_arg(args, value))
@@ -140,7 +139,7 @@ class Insertion:
         return self.call(role, prims.convert_element_type.default, node, dtype)
 
     def _item(self, node: fx.Node, i: int, part: Any, role: str) -> fx.Node:
-        with self.emitter.graph.inserting_before(self.before):
+        with self.emitter.graph.inserting_before(self.anchor):
             item = self.emitter.graph.call_function(operator.getitem, (node, i))
         self._describe(item, part, role)
         return item
@@ -148,9 +147,9 @@ class Insertion:
     def _describe(self, node: fx.Node, result: Any, role: str) -> None:
         node.meta["val"] = result
         for key in COPIED_META:
-            if key in self.like.meta:
-                node.meta[key] = self.like.meta[key]
-        backward = is_backward(self.like)
+            if key in self.anchor.meta:
+                node.meta[key] = self.anchor.meta[key]
+        backward = is_backward(self.anchor)
         node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
         if backward:
             node.meta["autograd_backward"] = True
@@ -170,8 +169,8 @@ def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> Non
         if is_call(user, user.target) and user.target in CASTS and value(user).dtype == value(new).dtype:
             user.replace_all_uses_with(new)
         elif is_call(user, user.target) and user.target in TRANSPOSES | VIEWS:
-            after = Insertion(insertion.emitter, user, insertion.site, after=True)
-            replace(user, after.call(role, user.target, new, *arguments(user)[1:]), after, role)
+            there = Insertion(insertion.emitter, user, insertion.site)
+            replace(user, there.call(role, user.target, new, *arguments(user)[1:]), there, role)
     if any(user.users or user.op == "output" for user in node.users):
         node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
 

@@ -1,0 +1,216 @@
+"""The definition: algebra against plain float layers, unbiasedness and variance with standard errors."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fqt_compile.kernels import noise, packing, reference, selection
+
+
+def keys(n: int) -> tuple[int, int]:
+    return noise.stream_keys(n, 3)
+
+
+def assert_mean(draws: torch.Tensor, expected: torch.Tensor, variance: torch.Tensor, errors: float = 6.0) -> None:
+    """The mean over axis 0 is ``expected`` within ``errors`` standard errors, from the known variance of one draw.
+
+    Nearly certain outcomes are not normal: one event more or less than expected is always allowed for.
+    """
+    count = draws.shape[0]
+    tolerance = errors * (variance.double() / count).sqrt() + 6 / count * draws.double().abs().amax(0) * (variance > 0)
+    error = (draws.double().mean(0) - expected.double()).abs()
+    assert bool((error <= tolerance + 1e-5 * (1 + expected.abs())).all()), (error / tolerance).max()
+
+
+def test_lane_sum_is_a_sum_in_lane_order():
+    x = torch.randn(3, 200)
+    assert torch.allclose(reference.lane_sum(x), x.sum(1), atol=1e-4)
+    big = torch.zeros(1, 128)
+    big[0, 0], big[0, 64], big[0, 1] = 1e8, -1e8, 1.0  # lanes 0 and 0, then lane 1: nothing is lost
+    assert reference.lane_sum(big).item() == 1.0
+    assert reference.lane_sum(torch.zeros(2, 0)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("code", ["sign", "threshold"])
+@pytest.mark.parametrize(("stride", "padding"), [((1, 1), (1, 1)), ((2, 1), (0, 3)), ((3, 2), (2, 0))])
+def test_products_are_the_convolution_and_its_gradients(code, stride, padding):
+    x = torch.randn(3, 5, 7, 6)
+    w = torch.randn(4, 5, 3, 2)
+    t = reference.activation_threshold(x) if code == "threshold" else None
+    values = reference.code_values(reference.activation_bits(x, t), code).requires_grad_()
+    sign = reference.code_values(reference.weight_bits(w), "sign").requires_grad_()
+    y = F.conv2d(values, sign, stride=stride, padding=padding)
+    assert torch.equal(reference.output_product(values, sign, stride, padding).float(), y)
+    codes = torch.randint(0, 16, y.shape)
+    gx, gw = torch.autograd.grad(y, (values, sign), codes.float())
+    acc, weight_sum = reference.grad_input_product(codes, sign.detach(), x.shape[2:], stride, padding)
+    assert torch.equal(acc.float(), gx)
+    ones = F.conv2d(values, sign, stride=stride, padding=padding)
+    (gx_ones,) = torch.autograd.grad(ones, values, torch.ones_like(ones))
+    assert torch.equal(weight_sum.float(), gx_ones[:1])
+    acc, code_sum = reference.grad_weight_product(codes, values.detach(), w.shape[2:], stride, padding)
+    assert torch.equal(acc.float(), gw)
+    ones = F.conv2d(values, sign, stride=stride, padding=padding)
+    (gw_ones,) = torch.autograd.grad(ones, sign, torch.ones_like(ones))
+    assert torch.equal(code_sum.float(), gw_ones[:1])
+
+
+def test_dequantized_gradients_equal_float_gradients_of_the_dequantized_codes():
+    """s acc + z sum is the float product with q s + z: the algebra of NUMERICS 5, borders included."""
+    g, w = torch.randn(4, 6, 5, 5), torch.randn(6, 3, 3, 3)
+    sign = reference.code_values(reference.weight_bits(w), "sign")
+    rows = torch.tensor([0, 2], dtype=torch.int32)
+    codes, s, z = reference.quantize_rows(g, None, rows, None, keys(1), 4)
+    acc, weight_sum = reference.grad_input_product(codes, sign, (5, 5), (1, 1), (1, 1))
+    mask = torch.ones(4, 3, 5, 5, dtype=torch.bool)
+    grad = reference.dequantize_grad_input(acc, weight_sum, s, z, rows, mask)
+    dequantized = torch.zeros_like(g)
+    dequantized[[0, 2]] = codes * s.view(-1, 1, 1, 1) + z.view(-1, 1, 1, 1)
+    expected = torch.nn.grad.conv2d_input(grad.shape, sign, dequantized, padding=1)
+    assert torch.allclose(grad, expected, atol=1e-4)
+    assert bool((grad[[1, 3]] == 0).all())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_quantizer_is_unbiased_and_bounded(bits):
+    v = torch.randn(2, 24) * torch.tensor([[1.0], [100.0]])
+    index = torch.arange(48).view(2, 24)
+    draws = []
+    for n in range(800):
+        codes, s, z = reference.quantize_groups(v, index, keys(n), bits)
+        assert int(codes.min()) >= 0
+        assert int(codes.max()) < 1 << bits
+        draws.append(codes * s[:, None] + z[:, None])
+    stacked = torch.stack(draws)
+    step = (v.amax(1) - v.amin(1)) / ((1 << bits) - 1)
+    position = ((v - v.amin(1, keepdim=True)) / step[:, None]).double()
+    fraction = position - position.floor()
+    assert_mean(stacked / step[:, None], v / step[:, None], fraction * (1 - fraction) + 1e-9)
+    variance = stacked.double().var(0) / step[:, None].double() ** 2
+    assert float(variance.max()) < 0.25 * (1 + 6 * math.sqrt(2 / 800))  # stochastic rounding: at most step^2 / 4
+
+
+def test_quantizer_edge_cases():
+    constant = reference.quantize_groups(torch.full((1, 5), 3.0), torch.arange(5)[None], keys(1), 4)
+    assert constant[0].tolist() == [[0] * 5]
+    assert constant[1].item() == 0.0
+    assert constant[2].item() == 3.0
+    zero = reference.quantize_groups(torch.tensor([[-0.0, 0.0]]), torch.arange(2)[None], keys(1), 4)
+    assert math.copysign(1, zero[2].item()) == 1.0
+    nan = reference.quantize_groups(torch.tensor([[1.0, float("nan")]]), torch.arange(2)[None], keys(1), 4)
+    assert nan[0].tolist() == [[0, 0]]
+    assert math.isnan(nan[1].item())
+    assert math.isnan(nan[2].item())
+    inf = reference.quantize_groups(torch.tensor([[1.0, float("inf")]]), torch.arange(2)[None], keys(1), 4)
+    assert not torch.isfinite(inf[1]).any()
+
+
+@pytest.mark.parametrize("prune", ["systematic", "bernoulli"])
+@pytest.mark.parametrize("kind", ["norm", "range", "uniform"])
+def test_pruning_is_unbiased(prune, kind):
+    """E[kept row / p] = row, for rows of very different size; a capped row is always kept."""
+    g = torch.randn(12, 6) * torch.logspace(-0.6, 0.8, 12)[:, None]
+    importance = reference.importance(g, kind)
+    p = torch.tensor(selection.inclusion_probabilities(importance.tolist(), 4), dtype=torch.float64)[:, None]
+    assert kind == "uniform" or float(p.max()) == 1.0
+    draws = []
+    for n in range(1500):
+        rows, scale = selection.select(importance, keys(n), prune, Fraction(1, 3))
+        valid = rows >= 0
+        if prune == "systematic":
+            assert rows.tolist() == sorted(set(rows.tolist()))
+            assert len(rows) == 4
+        full = torch.zeros_like(g)
+        full[rows[valid].long()] = reference.kept_gradient(g, rows, scale)
+        draws.append(full)
+    assert_mean(torch.stack(draws), g, g.double() ** 2 * (1 - p) / p)
+
+
+def test_topk_is_the_largest_rows_without_rescaling():
+    importance = torch.tensor([1.0, 5.0, 3.0, 5.0])
+    rows, scale = selection.select(importance, keys(1), "topk", Fraction(1, 2))
+    assert rows.tolist() == [1, 3]
+    assert scale.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_water_filling_sums_to_the_count(count):
+    importance = [0.0, 1e-6, 1.0, 2.0, 50.0, 1000.0, 1000.0, float("inf")]
+    p = selection.inclusion_probabilities(importance, count)
+    assert all(0 <= q <= 1 for q in p)
+    assert sum(p) == pytest.approx(count)
+    assert p == sorted(p)
+
+
+def test_zero_gradients_keep_count_rows_and_stay_zero():
+    rows, scale = selection.select(torch.zeros(8), keys(1), "systematic", Fraction(1, 4))
+    assert len(rows) == 2
+    assert scale.tolist() == [4.0, 4.0]
+
+
+def test_non_finite_rows_are_kept_first():
+    importance = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    for n in range(20):
+        rows, _ = selection.select(importance, keys(n), "systematic", Fraction(1, 4))
+        assert rows.tolist() == [1]
+
+
+def test_weight_gradient_is_the_gradient_of_alpha_sign():
+    """Through alpha = mean |W| and the straight-through sign, against autograd on the same expression."""
+    w = (torch.randn(4, 3, 3, 3) * 0.8).requires_grad_()
+    grad_hat = torch.randn(4, 3, 3, 3)
+
+    class Sign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            ctx.save_for_backward(v)
+            return torch.where(v < 0, -1.0, 1.0)
+
+        @staticmethod
+        def backward(ctx, g):
+            (v,) = ctx.saved_tensors
+            return g * (v.abs() <= 1)
+
+    alpha = w.abs().mean((1, 2, 3), keepdim=True)
+    (alpha * Sign.apply(w)).backward(grad_hat)
+    scale = reference.weight_scale(w.detach(), "xnor")
+    got = reference.weight_gradient(grad_hat, w.detach(), scale, "xnor")
+    assert torch.allclose(got, w.grad, atol=1e-5)
+
+
+def test_codes_and_masks():
+    x = torch.tensor([[-2.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5]])
+    assert reference.activation_bits(x, None).tolist() == [[False, False, True, True, True, True, True]]
+    assert reference.activation_mask(x, None).tolist() == [[False, True, True, True, True, True, False]]
+    t = torch.tensor(0.6)
+    assert reference.activation_bits(x, t).tolist() == [[False] * 5 + [True, True]]
+    assert reference.activation_mask(x, t).tolist() == [[False] * 4 + [True, True, False]]
+    assert reference.activation_mask(torch.tensor([[0.9, 1.1]]), torch.tensor(0.1)).tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("channels", [1, 63, 64, 65, 130])
+def test_packing_round_trips(channels):
+    bits = torch.rand(3, channels, 2, 5) > 0.5
+    assert torch.equal(packing.unpack_rows(packing.pack_rows(bits), channels), bits)
+    weight = torch.rand(17, channels, 3, 2) > 0.5
+    assert torch.equal(packing.unpack_panels(packing.pack_panels(weight), 17, channels), weight)
+    assert torch.equal(packing.unpack_panels_t(packing.pack_panels_t(weight), 17, channels), weight)
+    codes = torch.randint(0, 8, (3, channels, 2, 5))
+    assert torch.equal(packing.unpack_planes(packing.pack_planes(codes, 3), channels), codes)
+    assert torch.equal(packing.unpack_lanes(packing.pack_lanes(codes, 3), channels, 3, (2, 5)), codes)
+
+
+def test_popcount_formulas():
+    """The five formulas of packing.py, on random bits."""
+    a, w, g = (torch.rand(100) > 0.5 for _ in range(3))
+    sign = lambda b: 2 * b.long() - 1  # noqa: E731
+    xor = lambda p, q: int((p ^ q).sum())  # noqa: E731
+    assert int((sign(a) * sign(w)).sum()) == 100 - 2 * xor(a, w)
+    assert int((a.long() * sign(w)).sum()) == int(w.sum()) - xor(a, w)
+    assert int((g.long() * a.long()).sum()) == int((g & a).sum())
+    assert int((g.long() * sign(a)).sum()) == 2 * int((g & a).sum()) - int(g.sum())
