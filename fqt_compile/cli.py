@@ -1,0 +1,255 @@
+"""The command line: ``fqt1bit finetune | explain | compare``.
+
+torch is imported inside the commands, so that help and mistakes on the command line are answered at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ConfigError, FQTError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .config import FQTConfig
+
+USER_ERROR = 2  # exit code
+INTERRUPTED = 130
+DEMO_ARCH = "fqt_compile.models:small_vgg"
+WORDS = {"none": None, "true": True, "false": False}
+
+app = typer.Typer(
+    help="Train and inspect models whose convolution and linear layers run on packed bits.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Arch = Annotated[str, typer.Option(help="A torchvision classifier, module:factory, or path/to/file.py:factory.")]
+Size = Annotated[int, typer.Option(help="Images of SIZE x SIZE pixels.", min=1)]
+Batch = Annotated[int, typer.Option(help="Images per training step.", min=1)]
+Bits = Annotated[int | None, typer.Option(help="Gradient bits, 1 to 8.")]
+Keep = Annotated[float | None, typer.Option(help="Kept fraction of gradient rows; 1 / bits unless given.")]
+Scope = Annotated[str | None, typer.Option(help="Rows chosen once per 'step' or per 'layer'.")]
+Grad = Annotated[str | None, typer.Option(help="'fqt', 'exact' or 'psq'.")]
+Preset = Annotated[str | None, typer.Option(help="'default' or 'paper'.")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Any field of FQTConfig; repeatable; lists as a,b."),
+]
+Classes = Annotated[int, typer.Option(help="Number of classes.", min=1)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print our errors as one line ``error: ...`` on stderr, exit code 2; ``--debug`` lets them through."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except (FQTError, OSError) as error:
+            if arguments["debug"]:
+                raise
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from error
+        except KeyboardInterrupt as interrupt:
+            print("interrupted; a fine-tuning run continues with --resume", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from interrupt
+
+    return run
+
+
+def parse_options(texts: Sequence[str], flags: dict[str, Any]) -> FQTConfig:
+    """``NAME=VALUE`` texts and flags that are not None, validated by `FQTConfig.from_options`.
+
+    A value is a Python literal, ``none``, ``true`` or ``false``, values separated by commas, or else text.
+
+    Raises `ConfigError`: no ``=``, a name given twice, and all that `FQTConfig` refuses.
+    """
+    from .config import FQTConfig
+
+    options = {name: value for name, value in flags.items() if value is not None}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--option: got {text!r}; accepted: NAME=VALUE such as bits=4")
+        if name in options:
+            raise ConfigError(f"option {name!r} is given twice; give it once")
+        options[name] = _skip_list(value) if name == "skip" else _parse(value)
+    return FQTConfig.from_options(options)
+
+
+@app.command()
+@clear_errors
+def finetune(
+    arch: Arch = DEMO_ARCH,
+    data: Annotated[str, typer.Option(help="digits, fashion-mnist, cifar10, or a folder of images.")] = "digits",
+    data_root: Annotated[Path | None, typer.Option(help="The root of torchvision's data sets.")] = None,
+    weights: Annotated[str, typer.Option(help="none, DEFAULT (torchvision's) or a file with a state dict.")] = "none",
+    size: Size = 32,
+    limit: Annotated[int | None, typer.Option(help="Use only so many training and test images.")] = None,
+    qat_epochs: Annotated[int, typer.Option(help="Stage 1: pre-training, exact gradients.", min=0)] = 3,
+    epochs: Annotated[int, typer.Option(help="Stage 2: fine-tuning, quantized gradients.", min=1)] = 3,
+    batch: Batch = 64,
+    qat_lr: Annotated[float, typer.Option(help="Learning rate of the body in stage 1.")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="The same in stage 2 (the paper fine-tunes with 1e-5).")] = 1e-3,
+    head_lr: Annotated[float, typer.Option(help="Learning rate of the last linear layer.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Adam's weight decay.")] = 1e-5,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None,
+    methods: Annotated[str, typer.Option(help="What to compare, separated by commas.")] = "float32,qat,fqt",
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and results.")] = Path("runs/finetune"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    bits: Bits = None,
+    keep: Keep = None,
+    scope: Scope = None,
+    grad: Grad = None,
+    preset: Preset = None,
+    option: Option = None,
+    debug: Debug = False,
+) -> None:
+    """Train with float32, QAT and FQT under one schedule and compare accuracy, speed and memory."""
+    from rich.console import Console
+
+    from .finetune import PLOT, RESULTS, FinetuneSettings
+    from .finetune import finetune as run
+    from .results import table
+
+    flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
+    settings = FinetuneSettings(
+        arch=arch,
+        data=data,
+        data_root=data_root,
+        weights=weights,
+        size=size,
+        limit=limit,
+        qat_epochs=qat_epochs,
+        epochs=epochs,
+        batch=batch,
+        qat_lr=qat_lr,
+        lr=lr,
+        head_lr=head_lr,
+        weight_decay=weight_decay,
+        seed=seed,
+        threads=threads,
+        methods=tuple(methods.split(",")),
+        config=parse_options(option or [], flags),
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    console = Console()
+    console.print(table(run(settings, console)))
+    console.print(f"written: {out / RESULTS}, {out / PLOT}", markup=False, soft_wrap=True)
+
+
+@app.command()
+@clear_errors
+def explain(
+    arch: Arch = DEMO_ARCH,
+    size: Size = 32,
+    batch: Batch = 8,
+    classes: Classes = 10,
+    save: Annotated[Path | None, typer.Option(help="Write the report to this file (HTML).")] = None,
+    stage: Annotated[str | None, typer.Option(help="Print the graph after this pass.")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Print the kernel sources.")] = False,
+    bits: Bits = None,
+    keep: Keep = None,
+    scope: Scope = None,
+    grad: Grad = None,
+    preset: Preset = None,
+    option: Option = None,
+    debug: Debug = False,
+) -> None:
+    """Show which layers are packed and why, the graph after each pass, and the generated kernels."""
+    flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
+    config = parse_options(option or [], flags)
+    model, images = _model_and_images(arch, size, batch, classes)
+    from .explain import explain as make_report
+
+    report = make_report(model, images, config=config)
+    if stage is not None and stage not in report.stages:
+        raise ConfigError(f"--stage: got {stage!r}; accepted: {', '.join(report.stages)}")
+    if stage is not None:
+        print(report.stages[stage])
+    if kernels:
+        for name, source in report.kernels.items():
+            print(f"// ---- {name}\n{source}")
+    if stage is None and not kernels:
+        print(report)
+    if save is not None:
+        report.save(save)
+        print(f"written: {save}")
+
+
+@app.command()
+@clear_errors
+def compare(
+    arch: Arch = DEMO_ARCH,
+    size: Size = 32,
+    batch: Batch = 8,
+    classes: Classes = 10,
+    bits: Bits = None,
+    keep: Keep = None,
+    scope: Scope = None,
+    grad: Grad = None,
+    preset: Preset = None,
+    option: Option = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the compiled model with eager FQT and with float, layer by layer."""
+    flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
+    config = parse_options(option or [], flags)
+    model, images = _model_and_images(arch, size, batch, classes)
+    from .compare import compare as make_comparison
+
+    print(make_comparison(model, images, config=config))
+
+
+def main() -> None:
+    """Entry point of the console script ``fqt1bit``."""
+    app()
+
+
+def _model_and_images(arch: str, size: int, batch: int, classes: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A freshly initialized model in training mode and standard normal images [batch, 3, size, size]."""
+    import torch
+
+    from .models import make_model
+
+    torch.manual_seed(0)
+    model = make_model(arch, classes=classes, size=size)
+    images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last).train(), images
+
+
+def _parse(text: str) -> Any:
+    """A number, a boolean, None, a list of these, or the text itself."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return [_parse(part) for part in text.split(",")] if "," in text else text
+
+
+def _skip_list(text: str) -> Any:
+    """``skip`` takes a list of names: ``a,b``, a single name, or nothing at all."""
+    value = _parse(text)
+    if isinstance(value, str):
+        return [value] if value else []
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Image data sets for the command line, in memory as uint8, normalized batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import importlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from .errors import FQTError
+
+DATASETS = ("digits", "fashion-mnist", "cifar10")
+SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
+FASHION_MNIST_REMEDY = (
+    "install the Debian package dataset-fashion-mnist, or give --data-root with the folder that holds FashionMNIST/raw"
+)
+TEST_FRACTION = 0.2  # of a data set that comes in one piece
+DIGITS_WHITE = 16  # the brightest pixel of scikit-learn's digits
+RESIZE_CHUNK = 4096  # images resized at a time, which bounds the memory of the resize
+
+Part = tuple[Tensor, Tensor]  # images uint8 [N, C, H, W] and labels int64 [N]
+Loaded = tuple[Part, Part, Sequence[str]]  # training part, test part, class names
+
+
+class DataError(FQTError, ValueError):
+    """A data set is unknown, absent, unreadable or too small."""
+
+
+class MissingPackageError(FQTError, ImportError):
+    """A package of the ``demo`` extra is needed and not installed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ImageData:
+    """A classification set, split into training and test part.
+
+    ``train_images``, ``test_images``: uint8 [N, 3, size, size], 0..255, contiguous.
+    ``train_labels``, ``test_labels``: int64 [N], indices into ``classes``.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...] = dataclasses.field(init=False)
+    std: tuple[float, ...] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        mean, std = _channel_statistics(self.train_images)
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """``(images / 255 - mean) / std`` with the training set's statistics per channel.
+
+        uint8 [N, 3, H, W] -> float32 [N, 3, H, W], channels_last.
+        """
+        functional = optional_import("torchvision.transforms.v2.functional")
+        scaled = functional.to_dtype(images, torch.float32, scale=True)
+        normalized: Tensor = functional.normalize(scaled, list(self.mean), list(self.std))
+        return normalized.contiguous(memory_format=torch.channels_last)
+
+    def train_loader(self, batch: int, generator: torch.Generator) -> DataLoader[Any]:
+        """Shuffled full batches ``(float32 [batch, 3, size, size], int64 [batch])``; the rest is dropped.
+
+        The order depends on ``generator`` only, so its state is all that an exact resume has to restore.
+        """
+        dataset = TensorDataset(self.train_images, self.train_labels)
+        batches = BatchSampler(RandomSampler(dataset, generator=generator), batch, drop_last=True)
+        return DataLoader(
+            dataset,
+            sampler=batches,
+            batch_size=None,
+            generator=generator,
+            collate_fn=lambda pair: (self.normalize(pair[0]), pair[1]),
+        )
+
+    def test_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set in order as ``(float32 [batch, 3, size, size], int64 [n])`` with n <= batch.
+
+        Every image tensor has ``batch`` entries, so that a compiled model keeps its static shape: the last
+        one is filled up with images from the start of the test set. Only the first n predictions count.
+        """
+        for start in range(0, len(self.test_labels), batch):
+            indices = torch.arange(start, start + batch) % len(self.test_labels)
+            yield self.normalize(self.test_images[indices]), self.test_labels[start : start + batch]
+
+    def fingerprint(self) -> str:
+        """A hash of all images, labels and class names."""
+        digest = hashlib.blake2b("\0".join(self.classes).encode(), digest_size=16)
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def load(name: str, *, root: Path | None = None, size: int = 32, limit: int | None = None, seed: int = 0) -> ImageData:
+    """Load a data set by name (`DATASETS`) or a folder of images.
+
+    Parameters
+    ----------
+    name: ``digits`` (scikit-learn), ``fashion-mnist`` (system folder, else ``root``), ``cifar10`` (``root``),
+        or a folder: ``train/`` and ``val/`` (or ``test/``) with one folder per class each, or one folder per
+        class, split 80/20.
+    root: the ``root`` of ``torchvision.datasets``; nothing is ever downloaded.
+    size: images are resized (bilinear, antialiased) to size x size pixels; those of a folder so that the
+        shorter side fits, then cropped in the middle. Grayscale is repeated to 3 channels.
+    limit: keep at most this many training and this many test images, chosen by ``seed``.
+    seed: of the split and of ``limit``.
+
+    Raises
+    ------
+    DataError: unknown name, absent, empty or broken data, fewer than two classes.
+    MissingPackageError: torchvision or scikit-learn is not installed.
+    """
+    optional_import("torchvision")
+    if name == "digits":
+        train, test, classes = _load_digits(size, limit, seed)
+    elif name == "fashion-mnist":
+        train, test, classes = _load_fashion_mnist(root, size, limit, seed)
+    elif name == "cifar10":
+        train, test, classes = _load_cifar10(root, size, limit, seed)
+    else:
+        train, test, classes = _load_folder(_existing_folder(name), size, limit, seed)
+    if len(train[1].unique()) < 2:
+        raise DataError(
+            f"data {name!r}: the {len(train[1])} training images all belong to one class; "
+            "accepted: two classes or more; add classes or images, or raise --limit"
+        )
+    return ImageData(
+        name=name,
+        train_images=train[0],
+        train_labels=train[1],
+        test_images=test[0],
+        test_labels=test[1],
+        classes=tuple(classes),
+    )
+
+
+def optional_import(module: str) -> Any:
+    """Import a module of the ``demo`` extra, or raise `MissingPackageError` with the remedy."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
+        raise MissingPackageError(
+            f"the package {package} is needed and cannot be imported ({error}); "
+            "install it, or everything at once with: pip install 'fqt-compile[demo]'"
+        ) from error
+
+
+def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 [N, C, H, W] / 255; of a constant channel 1."""
+    channels = images.transpose(0, 1).flatten(1)
+    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
+    values = torch.arange(256, dtype=torch.float64) / 255
+    weights = counts.double() / counts.sum(1, keepdim=True)
+    mean = (weights * values).sum(1)
+    std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())
+
+
+def _chosen(count: int, limit: int | None, seed: int) -> Tensor:
+    """Indices [min(count, limit)] of a subset drawn by ``seed``; all in order without a limit."""
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
+
+
+def _split(count: int, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Training and test indices of a set in one piece: shuffled by ``seed``, the last fifth is the test."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    tests = max(1, round(TEST_FRACTION * count))
+    return order[: count - tests][:limit], order[count - tests :][:limit]
+
+
+def _resized(part: Part, indices: Tensor, size: int) -> Part:
+    """Some of the images, uint8 [N, 1 or 3, H, W] -> uint8 [n, 3, size, size], and their labels."""
+    functional = optional_import("torchvision.transforms.v2.functional")
+    images, labels = part
+    chunks = images[indices].split(RESIZE_CHUNK)
+    resized = torch.cat([functional.resize(chunk, [size, size], antialias=True) for chunk in chunks])
+    return resized.expand(-1, 3, -1, -1).contiguous(), labels[indices]
+
+
+def _load_digits(size: int, limit: int | None, seed: int) -> Loaded:
+    digits = optional_import("sklearn.datasets").load_digits()
+    images = (torch.from_numpy(digits.images) * (255 / DIGITS_WHITE)).round().to(torch.uint8)[:, None]
+    part = images, torch.from_numpy(digits.target).long()
+    train, test = _split(len(images), limit, seed)
+    classes = [str(name) for name in digits.target_names]
+    return _resized(part, train, size), _resized(part, test, size), classes
+
+
+@contextmanager
+def _fashion_mnist_root(root: Path | None) -> Iterator[Path]:
+    """A torchvision root: the system package's files unpacked into a temporary one, else ``root``."""
+    archives = sorted(SYSTEM_FASHION_MNIST.glob("*-ubyte.gz"))
+    if not archives:
+        if root is None:
+            raise DataError(
+                f"data 'fashion-mnist': no files in {SYSTEM_FASHION_MNIST} and no --data-root; {FASHION_MNIST_REMEDY}"
+            )
+        yield root
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "FashionMNIST", "raw")
+        raw.mkdir(parents=True)
+        for archive in archives:
+            try:
+                with gzip.open(archive) as packed, (raw / archive.stem).open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+            except (OSError, EOFError) as error:
+                raise DataError(
+                    f"data 'fashion-mnist': {archive} is broken ({error}); reinstall the package"
+                ) from error
+        yield Path(folder)
+
+
+def _load_fashion_mnist(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
+    FashionMNIST = optional_import("torchvision.datasets").FashionMNIST
+    with _fashion_mnist_root(root) as found:
+        try:
+            parts = [FashionMNIST(found, train=train, download=False) for train in (True, False)]
+        except Exception as error:  # torchvision's parser raises anything on a broken file
+            raise DataError(
+                f"data 'fashion-mnist': {found} has no readable FashionMNIST/raw ({error}); {FASHION_MNIST_REMEDY}"
+            ) from error
+    train, test = (
+        _resized((part.data[:, None], part.targets.long()), _chosen(len(part), limit, seed), size) for part in parts
+    )
+    return train, test, parts[0].classes
+
+
+def _load_cifar10(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
+    remedy = "give --data-root with the folder that holds cifar-10-batches-py (of cifar-10-python.tar.gz)"
+    if root is None:
+        raise DataError(f"data 'cifar10': no --data-root; {remedy}")
+    CIFAR10 = optional_import("torchvision.datasets").CIFAR10
+    try:
+        parts = [CIFAR10(root, train=train, download=False) for train in (True, False)]
+    except Exception as error:  # torchvision's parser raises anything on a broken file
+        raise DataError(f"data 'cifar10': nothing readable below {root} ({error}); {remedy}") from error
+    train, test = (
+        _resized(
+            (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)),
+            _chosen(len(part), limit, seed),
+            size,
+        )
+        for part in parts
+    )
+    return train, test, parts[0].classes
+
+
+def _existing_folder(name: str) -> Path:
+    """The folder called ``name``, or the error for what it is instead."""
+    accepted = f"{', '.join(DATASETS)}, or a folder of images"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise DataError(f"data: {name!r} is a file; accepted: {accepted}")
+    if path.name != name:
+        raise DataError(f"data: the folder {name!r} does not exist; accepted: {accepted}")
+    close = difflib.get_close_matches(name, DATASETS, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise DataError(f"data: unknown data set or folder {name!r}{hint}; accepted: {accepted}")
+
+
+def _image_folder(folder: Path) -> Any:
+    """torchvision's ``ImageFolder`` (with ``samples``: (file, class index) pairs), or a clear error."""
+    try:
+        found = optional_import("torchvision.datasets").ImageFolder(folder)
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"data {str(folder)!r}: {reason}; accepted: one folder per class with image files, "
+            f"such as {folder}/cat/1.png, or such folders below train/ and val/ (or test/)"
+        ) from error
+    if len(found.classes) < 2:
+        raise DataError(f"data {str(folder)!r}: got one class ({found.classes[0]!r}); accepted: two classes or more")
+    return found
+
+
+def _decoded(samples: Sequence[tuple[str, int]], size: int) -> Part:
+    """Image files -> uint8 [N, 3, size, size] and labels int64 [N]."""
+    v2 = optional_import("torchvision.transforms.v2")
+    decode = optional_import("torchvision.datasets.folder").default_loader
+    to_tensor = v2.Compose([v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+    for row, (file, _) in zip(images, samples, strict=True):
+        try:
+            row.copy_(to_tensor(decode(file)))
+        except Exception as error:  # each decoder has its own errors; all mean an unreadable file
+            raise DataError(f"data: the image {file} cannot be read ({error}); repair or remove it") from error
+    return images, torch.tensor([label for _, label in samples])
+
+
+def _load_folder(folder: Path, size: int, limit: int | None, seed: int) -> Loaded:
+    test_folder = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
+    if (folder / "train").is_dir() and test_folder:
+        train_set, test_set = _image_folder(folder / "train"), _image_folder(test_folder)
+        if train_set.classes != test_set.classes:
+            differing = sorted(set(train_set.classes) ^ set(test_set.classes))
+            raise DataError(
+                f"data {str(folder)!r}: train and {test_folder.name} must have the same classes; "
+                f"only one of them has {', '.join(differing)}"
+            )
+        train, test = _chosen(len(train_set), limit, seed), _chosen(len(test_set), limit, seed)
+    else:
+        train_set = test_set = _image_folder(folder)
+        train, test = _split(len(train_set), limit, seed)
+    return (
+        _decoded([train_set.samples[i] for i in train.tolist()], size),
+        _decoded([test_set.samples[i] for i in test.tolist()], size),
+        train_set.classes,
+    )
