@@ -8,8 +8,10 @@ Source: 1-bit FQT, arXiv 2408.14267; XNOR-Net, arXiv 1603.05279.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from . import noise
 from .packing import channels_last, channels_second
 
+T = TypeVar("T")
 LANES = 64
 """Width of the vector a sum is defined over."""
 BLOCK = 4096
@@ -109,6 +112,17 @@ def weight_scale(weight: Tensor, mode: str) -> Tensor:
 # -- 2. products: exact integers ---------------------------------------------------------------------------
 
 
+def _exact(product: Callable[..., T]) -> Callable[..., T]:
+    """Keep autocast from rounding a product of integers to bfloat16."""
+
+    @functools.wraps(product)
+    def exact(values: Tensor, *args: Any) -> T:
+        with torch.autocast(values.device.type, enabled=False):
+            return product(values, *args)
+
+    return exact
+
+
 def _exact_dtype(bound: int) -> torch.dtype:
     return torch.float32 if bound < EXACT_FLOAT32 else torch.float64
 
@@ -120,6 +134,7 @@ def _conv_args(
     return list(stride), list(padding), [1] * spatial, False, [0] * spatial, 1
 
 
+@_exact
 def output_product(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """``acc[n, c_o, p] = sum over taps and C_i of code(x) sign(W)``, int32; taps outside the image are skipped.
 
@@ -132,6 +147,7 @@ def output_product(x: Tensor, w: Tensor, stride: Sequence[int], padding: Sequenc
     return torch.ops.aten.convolution(x, w, None, *_conv_args(stride, padding)).to(torch.int32)
 
 
+@_exact
 def grad_input_product(
     codes: Tensor, w: Tensor, input_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -152,6 +168,7 @@ def grad_input_product(
     return product[:-1].to(torch.int32), product[-1:].to(torch.int32)
 
 
+@_exact
 def grad_weight_product(
     codes: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[Tensor, Tensor]:

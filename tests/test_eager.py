@@ -37,11 +37,11 @@ def both(model: nn.Module, options: dict, x: torch.Tensor, y: torch.Tensor):
 
 
 def assert_equal_steps(a, b) -> None:
-    """Bit for bit. Under autocast, what lies below the float down-sampling layer may differ by bfloat16 rounding."""
+    """Bit for bit; under autocast, gradients of the float layers may differ by bfloat16 rounding."""
     assert a[0] == b[0]
     assert a[1].keys() == b[1].keys()
     for name, gradient in a[1].items():
-        if torch.is_autocast_enabled("cpu") and name.startswith(("stem", "conv1", "down")):
+        if torch.is_autocast_enabled("cpu") and name.startswith(("stem", "down")):
             assert (gradient - b[1][name]).abs().max() <= 0.02 * gradient.abs().max(), name
         else:
             assert torch.equal(gradient, b[1][name]), name

@@ -1,0 +1,220 @@
+"""The shapes, gradients and row choices that every kernel is compared on, and the operands made from them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fqt_compile.kernels import reference_ops
+from fqt_compile.kernels.ops import output_size
+
+REFERENCE = reference_ops.OPERATIONS
+Call = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, or a linear layer where ``size`` is empty."""
+
+    name: str
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return tuple(output_size(self.size, self.kernel, self.stride, self.padding))  # type: ignore[arg-type]
+
+
+LAYERS = [
+    Layer("linear", 37, 130, 65),
+    Layer("linear-one-row", 1, 7, 3),
+    Layer("linear-large", 100, 130, 400),
+    Layer("3x3-odd-channels", 3, 7, 65, (5, 4), (3, 3), (1, 1), (1, 1)),
+    Layer("3x3-on-2x2", 37, 130, 7, (2, 2), (3, 3), (1, 1), (1, 1)),
+    Layer("3x3-batch-100", 100, 7, 7, (2, 2), (3, 3), (1, 1), (1, 1)),
+    Layer("3x3-large", 37, 65, 130, (6, 6), (3, 3), (1, 1), (1, 1)),
+    Layer("3x3-stride-2", 3, 65, 20, (7, 6), (3, 3), (2, 2), (1, 1)),
+    Layer("3x3-no-padding", 1, 64, 16, (4, 5), (3, 3), (1, 1), (0, 0)),
+    Layer("3x3-padding-2", 3, 20, 17, (3, 4), (3, 3), (1, 1), (2, 2)),
+    Layer("3x3-padding-4", 3, 7, 16, (3, 3), (3, 3), (1, 1), (4, 4)),
+    Layer("1x1", 37, 64, 64, (3, 3), (1, 1), (1, 1), (0, 0)),
+    Layer("1x1-stride-2", 3, 65, 130, (5, 5), (1, 1), (2, 2), (0, 0)),
+    Layer("5x5-larger-than-image", 3, 7, 9, (2, 3), (5, 5), (1, 1), (4, 4)),
+    Layer("7x7-stride-2", 3, 7, 16, (9, 9), (7, 7), (2, 2), (3, 3)),
+    Layer("2x2-stride-3", 3, 65, 7, (7, 8), (2, 2), (3, 3), (0, 0)),
+    Layer("not-square", 3, 7, 20, (5, 9), (1, 3), (1, 2), (0, 1)),
+    Layer("1-d", 3, 7, 65, (9,), (3,), (2,), (1,)),
+    Layer("1-d-large-kernel", 37, 20, 7, (3,), (4,), (1,), (2,)),
+    Layer("empty-batch", 0, 7, 20, (3, 3), (3, 3), (1, 1), (1, 1)),
+    Layer("empty-linear", 0, 7, 20),
+]
+
+
+def _seeded(layer: Layer) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(layer.name.encode()))
+
+
+def gradients(g: Tensor) -> dict[str, Tensor]:
+    """The gradient itself and the special ones."""
+    made = {"normal": g, "zero": torch.zeros_like(g), "equal": torch.full_like(g, -0.25), "bfloat16": g.bfloat16()}
+    made["minus-zero"] = torch.where(g > 0, g, g * 0)  # both +0 and -0
+    made["channels-last"] = g.movedim(1, -1).contiguous().movedim(-1, 1)
+    if g.numel():
+        for name, value in (("nan", math.nan), ("inf", math.inf), ("tiny", 1e-42)):
+            made[name] = g.clone()
+            made[name].view(-1)[g.numel() // 2] = value
+        made["subnormal"] = g * 1e-39
+        made["huge"] = g * 1e38
+    return made
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Reference operands of one layer."""
+
+    x: Tensor
+    weight: Tensor
+    g: Tensor
+    rows: dict[str, tuple[Tensor, Tensor | None]]
+    channels: dict[str, tuple[Tensor | None, Tensor | None]]
+    seed: Tensor
+
+
+@functools.cache
+def operands(layer: Layer) -> Operands:
+    random = _seeded(layer)
+    x = torch.randn(layer.batch, layer.in_channels, *layer.size, generator=random)
+    weight = torch.randn(layer.out_channels, layer.in_channels, *layer.kernel, generator=random)
+    weight.view(-1)[:2] = torch.tensor([0.0, -0.0])
+    g = torch.randn(layer.batch, layer.out_channels, *layer.output, generator=random)
+    seed = torch.tensor(123456789012345)
+    importance = REFERENCE["row_importance"](g, "norm")
+    by_channel = g.transpose(0, 1).flatten(1).norm(dim=1)
+    rows = {p: REFERENCE["select"](importance, seed, 8, p, 1, 4) for p in ("systematic", "bernoulli", "none")}
+    rows["unscaled"] = (rows["systematic"][0], None)
+    rows["unused"] = (torch.full((2,), -1, dtype=torch.int32), torch.zeros(2))
+    channels = {p: REFERENCE["select"](by_channel, seed, 9, p, 1, 2) for p in ("systematic", "bernoulli")}
+    return Operands(x, weight, g, rows, {"all": (None, None), **channels}, seed)
+
+
+def _activation_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
+    special = o.x.clone()
+    if special.numel():
+        special.view(-1)[:: max(1, special.numel() // 9)] = torch.tensor(math.nan)
+        special.view(-1)[:1] = -0.0
+    variants = [o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1), o.x.bfloat16(), o.x.half(), special, o.x.relu()]
+    bits, mask = REFERENCE["pack_activation"](o.x, None)
+    thresholds = (None, torch.tensor(0.25), torch.tensor(0.75), torch.tensor(math.nan))
+    return {
+        "check_finite": [(o.x, "layer")],
+        "activation_threshold": [(x,) for x in variants],
+        "pack_activation": [(x, t) for x in variants for t in thresholds] + [(o.x, None, o.x)],
+        "unpack_activation": [(bits, layer.in_channels, code) for code in ("sign", "threshold")],
+        "apply_mask": [(x.to(d), mask) for x in variants[:2] for d in (torch.float32, torch.bfloat16, torch.float64)],
+    }
+
+
+def _weight_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
+    channels_last = o.weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    strange = o.weight.transpose(0, 1).contiguous().transpose(0, 1)
+    bits, scale = REFERENCE["quantize_weight"](o.weight, "xnor")
+    weights = (o.weight, channels_last, strange, o.weight.bfloat16())
+    grad_hat = torch.randn(o.weight.shape, generator=_seeded(layer))
+    grads = (grad_hat, grad_hat.movedim(1, -1).contiguous().movedim(-1, 1))
+    return {
+        "quantize_weight": [(w, mode) for w in weights for mode in ("xnor", "none")],
+        "transpose_weight": [(bits, layer.in_channels, layer.out_channels)],
+        "unpack_weight": [(bits, scale, layer.in_channels)],
+        "weight_gradient": [(g, w, scale, mode) for g in grads for w in weights for mode in ("xnor", "none")],
+    }
+
+
+def _selection_calls(o: Operands) -> dict[str, list[Call]]:
+    kinds = ("norm", "range", "uniform")
+    special = gradients(o.g)
+    importances = [torch.rand(n, generator=torch.Generator().manual_seed(n)) ** 4 for n in (1, 3, 37, 100)]
+    importances += [torch.zeros(9), torch.ones(16), torch.tensor([1.0, math.nan, 2.0, math.inf, 2.0, 0.0])]
+    importances.append(REFERENCE["row_importance"](o.g, "norm"))
+    prunes = ("systematic", "bernoulli", "topk", "none")
+    keeps = ((1, 4), (1, 3), (9, 10), (1, 1))
+    return {
+        "row_importance": [(g, kind) for name, g in special.items() for kind in kinds if name != "minus-zero"],
+        "channel_importance": [
+            (g, *rows, kind) for g in (o.g, special["channels-last"]) for rows in o.rows.values() for kind in kinds
+        ],
+        "select": [(r, o.seed, 3, p, *keep) for r in importances for p in prunes for keep in keeps],
+        "prune_rows": [(o.g, r, s) for r, s in o.rows.values() if s is not None],
+        "gather_rows": [(o.x, r) for r, _ in o.rows.values()] if o.x.shape[0] else [],
+        "scatter_rows": [(o.x[: r.shape[0]], r, o.x.shape[0]) for r, _ in o.rows.values()],
+    }
+
+
+def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
+    scale = torch.rand(o.g.shape[1], generator=torch.Generator().manual_seed(1)) + 0.1
+    special = gradients(o.g)
+    by_row = [(g, scale, *o.rows["systematic"], o.seed, 5, 4) for g in special.values()]
+    by_row += [(o.g, None, *rows, o.seed, 5, bits) for rows in o.rows.values() for bits in (1, 3, 8)]
+    systematic = o.rows["systematic"]
+    by_channel = [(g, *systematic, *c, o.seed, 6, 4) for g in special.values() for c in o.channels.values()]
+    by_channel += [
+        (o.g, *rows, *c, o.seed, 6, bits)
+        for rows in o.rows.values()
+        for c in o.channels.values()
+        for bits in (1, 3, 8)
+    ]
+    return {"quantize_rows": by_row, "quantize_channels": by_channel}
+
+
+def _product_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
+    x_bits, mask = REFERENCE["pack_activation"](o.x, None)
+    w_bits, _ = REFERENCE["quantize_weight"](o.weight, "xnor")
+    w_bits_t = REFERENCE["transpose_weight"](w_bits, layer.in_channels, layer.out_channels)
+    channels, geometry = (layer.in_channels, layer.out_channels), (layer.stride, layer.padding)
+    made: dict[str, list[Call]] = {name: [] for name in ("grad_input_product", "grad_weight_product")}
+    made["output_product"] = [(x_bits, w_bits, *channels, code, *geometry) for code in ("sign", "threshold")]
+    made["dequantize_rows"], made["dequantize_grad_input"], made["dequantize_grad_weight"] = [], [], []
+    for bits, (name, (rows, row_scale)) in zip((1, 2, 4, 8, 3), o.rows.items(), strict=True):
+        planes, s, z = REFERENCE["quantize_rows"](o.g, None, rows, row_scale, o.seed, 5, bits)
+        made["dequantize_rows"].append((planes, s, z, rows, layer.out_channels, layer.batch))
+        made["grad_input_product"].append((planes, w_bits_t, *channels, layer.size, *geometry))
+        acc, weight_sum = REFERENCE["grad_input_product"](*made["grad_input_product"][-1])
+        made["dequantize_grad_input"].append((acc, weight_sum, s, z, rows, mask))
+        for kept, channel_scale in o.channels.values():
+            lanes, s, z = REFERENCE["quantize_channels"](
+                o.g, rows, row_scale, kept, channel_scale, o.seed, 6, bits
+            )
+            width = layer.out_channels if kept is None else kept.shape[0]
+            for code in ("sign", "threshold"):
+                sizes = (layer.output, layer.kernel, *geometry)
+                made["grad_weight_product"].append((lanes, x_bits, rows, layer.in_channels, width, code, *sizes))
+            if name in ("systematic", "bernoulli"):
+                acc, code_sum = REFERENCE["grad_weight_product"](*made["grad_weight_product"][-1])
+                made["dequantize_grad_weight"].append((acc, code_sum, s, z, kept, layer.out_channels))
+    return made
+
+
+@functools.cache
+def calls(layer: Layer) -> dict[str, list[Call]]:
+    """Operation -> argument lists."""
+    o = operands(layer)
+    makers: list[dict[str, list[Call]]] = [_activation_calls(layer, o), _weight_calls(layer, o), _selection_calls(o)]
+    makers += [_quantize_calls(o), _product_calls(layer, o)]
+    return {name: made for maker in makers for name, made in maker.items()}
+
+
+@functools.cache
+def expected(layer: Layer, operation: str) -> list[Any]:
+    """Results of the reference for every argument list."""
+    function: Callable[..., Any] = REFERENCE[operation]
+    return [function(*arguments) for arguments in calls(layer)[operation]]

@@ -1,0 +1,324 @@
+"""``torch.compile(backend="fqt1bit")`` with native kernels: equality with the oracle, training, modes, bad input."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from conftest import SmallNet, small_batch, step_gradients
+from torch import nn
+
+from fqt_compile import FQTConfig, compare, fqt1bit
+from fqt_compile.backend import FQTPass
+from fqt_compile.errors import ConfigError
+
+BACKEND = "fqt1bit"
+
+
+def compiled(model: nn.Module, **options):
+    return torch.compile(model, backend=BACKEND, options=options)
+
+
+def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=600)
+
+
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"grad": "exact"}, {"grad": "psq"}], ids=str)
+def test_native_equals_the_oracle(options):
+    """Same rewritten graph, once through Inductor and C++, once interpreted with the reference."""
+    model, (x, y) = SmallNet(), small_batch()
+    native = step_gradients(compiled(model, **options), x, y)
+    torch._dynamo.reset()
+    oracle = step_gradients(compiled(model, **options, lowering="eager"), x, y)
+    assert native[0] == pytest.approx(oracle[0], rel=1e-6)
+    for name, gradient in oracle[1].items():
+        assert (native[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+MODELS = {
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (4, 3, 64, 64)),
+    "vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=10, dropout=0.0), (4, 3, 32, 32)),
+    "vit": (
+        lambda: torchvision.models.VisionTransformer(
+            image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=128, num_classes=10
+        ),
+        (4, 3, 32, 32),
+    ),
+    "mlp": (lambda: torchvision.ops.MLP(64, [128, 64, 64, 10]), (8, 64)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_against_reference_eager_and_float(name):
+    build, shape = MODELS[name]
+    model = build()
+    for module in model.modules():  # no normalized output sits exactly on the ReLU's corner
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, 0, 0.3)
+    result = compare(model, torch.randn(shape))
+    assert result.native_equals_reference, str(result)
+    assert result.losses["compiled"] == pytest.approx(result.losses["eager"], rel=1e-4)
+    # Rounding upstream can move a code by one step; a wrong kernel or gradient is off by its whole size.
+    assert result.largest_eager_difference < 0.1, str(result)
+    for site in result.sites:
+        assert site.float_cosine["output"] > 0.2, str(result)
+
+
+def test_a_training_run_learns():
+    images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 10
+    model = SmallNet(norm=True)
+    step = compiled(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(step(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 2.0
+    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+
+
+def test_no_import_is_needed_and_the_profile_shows_packed_operations():
+    code = """
+import torch, torchvision
+torch.manual_seed(0)
+model = torchvision.models.resnet18(num_classes=10)
+step = torch.compile(model, backend="fqt1bit")
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+from torch.profiler import profile
+for i in range(3):
+    with profile() as prof:
+        loss = torch.nn.functional.cross_entropy(step(x), y)
+        loss.backward()
+    optimizer.step(); optimizer.zero_grad()
+count = {e.key: e.count for e in prof.key_averages()}
+print(count["fqt::grad_weight_product"], count["fqt::grad_input_product"], count["fqt::output_product"], loss.item())
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    weight, inputs, outputs, loss = done.stdout.split()[-4:]
+    assert (weight, inputs) == ("16", "16")
+    assert int(outputs) in (16, 32)  # once more in the backward where the partitioner recomputes it
+    assert float(loss) < 10
+
+
+def test_accumulation_and_retained_graphs():
+    model, (x, y) = SmallNet(), small_batch()
+    step = compiled(model)
+    loss = nn.functional.cross_entropy(step(x), y)
+    loss.backward(retain_graph=True)
+    once = model.conv1.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(model.conv1.weight.grad, 2 * once)  # the seed belongs to the forward
+
+
+def test_seed_comes_from_torch_manual_seed():
+    model, (x, y) = SmallNet(), small_batch()
+    step = compiled(model)
+    first, again, other = (step_gradients(step, x, y, seed)[1]["conv1.weight"] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_dynamic_batch_and_memory_formats():
+    model = SmallNet()
+    step = compiled(model)
+    for batch in (8, 6, 5, 11):
+        x, y = small_batch(batch)
+        native = step_gradients(step, x, y)
+        last = step_gradients(step, x.contiguous(memory_format=torch.channels_last), y)
+        expected = step_gradients(compiled(copy.deepcopy(model), lowering="eager"), x, y)
+        for name, gradient in expected[1].items():
+            tolerance = 1e-5 * gradient.abs().max()
+            assert (native[1][name] - gradient).abs().max() <= tolerance, (batch, name)
+            assert (last[1][name] - gradient).abs().max() <= tolerance, (batch, name)
+
+
+@pytest.mark.parametrize("scope", ["step", "layer"])
+def test_fully_dynamic_shapes(scope):
+    model = SmallNet()
+    step = torch.compile(model, backend=BACKEND, options={"scope": scope}, dynamic=True)
+    for batch, size in ((4, 8), (6, 12)):
+        x, y = small_batch(batch, size)
+        native = step_gradients(step, x, y)
+        expected = step_gradients(compiled(copy.deepcopy(model), scope=scope, lowering="eager"), x, y)
+        for name, gradient in expected[1].items():
+            assert (native[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def test_batch_of_one():
+    x, y = small_batch(1)
+    loss, gradients = step_gradients(compiled(SmallNet()), x, y)
+    assert loss > 0
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+
+
+def test_channels_last_weights_get_channels_last_gradients():
+    model = SmallNet().to(memory_format=torch.channels_last)
+    x, y = small_batch()
+    step_gradients(compiled(model), x, y)
+    nn.functional.cross_entropy(compiled(model)(x), y).backward()
+    assert model.conv1.weight.grad.stride() == model.conv1.weight.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    """bfloat16 and float16 are computed; float64 runs in float, with a warning that says so."""
+    model, (x, y) = SmallNet().to(dtype), small_batch()
+    if dtype == torch.float64:
+        with pytest.warns(UserWarning, match="torch.float64"):
+            loss, gradients = step_gradients(compiled(model), x.to(dtype), y)
+        expected = step_gradients(model, x.to(dtype), y)
+        assert loss == pytest.approx(expected[0])
+        return
+    loss, gradients = step_gradients(compiled(model), x.to(dtype), y)
+    assert loss == pytest.approx(step_gradients(compiled(model, lowering="eager"), x.to(dtype), y)[0], rel=0.02)
+    assert gradients["conv1.weight"].dtype == dtype
+
+
+def test_autocast_packs_every_site():
+    model, (x, y) = SmallNet(norm=True), small_batch()
+    saved: list[torch.Tensor] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        step = compiled(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+            output = step(x)
+    assert output.dtype == torch.bfloat16
+    assert sum(t.dtype == torch.int64 and t.dim() > 1 for t in saved) >= 6  # bits and mask of three layers
+    nn.functional.cross_entropy(output.float(), y).backward()
+    assert model.conv1.weight.grad.dtype == torch.float32
+
+
+def test_what_is_saved_are_packed_bits():
+    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())])
+    x = torch.relu(torch.randn(8, 64, 16, 16))
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        compiled(model, skip=[])(x)
+    parameters = {p.data_ptr() for p in model.parameters()} | {x.data_ptr()}
+    kept = [t for t in saved if t.data_ptr() not in parameters]
+    floats = sum(t.numel() * t.element_size() for t in kept if t.is_floating_point() and t.dim() == 4)
+    bits = sum(t.numel() * 8 for t in kept if t.dtype == torch.int64)
+    assert floats == 0
+    assert 0 < bits < 4 * x.numel()  # four layers, two bits a value and the weights, against 4 bytes a value
+
+
+def test_eval_and_no_grad_run_packed_and_equal_the_oracle():
+    model, (x, _) = SmallNet(norm=True).eval(), small_batch()
+    with torch.no_grad():
+        output = compiled(model)(x)
+        torch._dynamo.reset()
+        assert torch.allclose(output, compiled(model, lowering="eager")(x), atol=1e-5)
+    float_output = model(x)
+    assert not torch.allclose(output, float_output, atol=1e-2)  # it really is binarized
+
+
+def test_nan_does_not_vanish():
+    model, (x, y) = SmallNet(), small_batch()
+    x[0] = float("nan")
+    loss, gradients = step_gradients(compiled(model, activation="threshold"), x, y)
+    assert loss != loss or not all(torch.isfinite(g).all() for g in gradients.values())
+    with pytest.raises(Exception, match=r"conv1 \(input\)"):
+        compiled(model, check_finite=True)(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bitz": 4}, "unknown option 'bitz' .did you mean 'bits'"),
+        ({"bits": 9}, "option 'bits': got 9; accepted: an integer from 1 to 8"),
+        ({"bits": True}, "option 'bits': got True"),
+        ({"keep": 0}, r"option 'keep': got 0; accepted: a number in \(0, 1\]"),
+        ({"scope": "stepp"}, "option 'scope': got 'stepp'; accepted: 'step', 'layer' .did you mean 'step'"),
+        ({"skip": "first"}, "option 'skip': got 'first'; accepted: a list"),
+        ({"preset": "papers"}, "did you mean 'paper'"),
+        ({"lowering": None}, "option 'lowering': got None; accepted: 'native', 'eager'"),
+        ({"min_channels": 0}, "option 'min_channels': got 0"),
+        ({"check_finite": 1}, "option 'check_finite': got 1; accepted: True or False"),
+    ],
+)
+def test_wrong_options_name_field_value_and_accepted_ones(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FQTConfig.from_options(options)
+    with pytest.raises(Exception, match=message):
+        compiled(nn.Linear(64, 64), **options)(torch.randn(2, 64))
+
+
+def test_wrong_mode_and_options_type():
+    with pytest.raises(Exception, match="mode: got 'max-autotune'; accepted"):
+        fqt1bit(torch.fx.GraphModule({}, torch.fx.Graph()), [], mode="max-autotune")
+    with pytest.raises(ConfigError, match="options: got list"):
+        FQTConfig.from_options([1])  # type: ignore[arg-type]
+
+
+def test_integer_and_complex_models_run_in_float_around_the_packed_layers():
+    embedding = nn.Sequential(nn.Embedding(11, 64), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+    output = compiled(embedding, skip=["last"])(torch.randint(0, 11, (4, 4)))
+    output.sum().backward()
+    assert embedding[2].weight.grad is not None
+    spectral = compiled(nn.Linear(64, 64, dtype=torch.complex64), skip=[])
+    with pytest.warns(UserWarning, match="torch.complex64"):
+        output = spectral(torch.randn(2, 64, dtype=torch.complex64))
+    assert output.dtype == torch.complex64
+
+
+def test_empty_batch_runs_in_float():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
+    with pytest.warns(UserWarning, match="empty operand"):
+        output = compiled(model, skip=[])(torch.randn(0, 64, 4, 4))
+    assert output.shape == (0, 64, 4, 4)
+
+
+def test_without_a_compiler_one_sentence_says_what_to_do(tmp_path):
+    code = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+x = torch.randn(4, 64)
+torch.compile(model, backend="fqt1bit", options={"skip": [], "lowering": "eager"})(x).sum().backward()
+print("oracle ran")
+import fqt_compile
+fqt_compile.eager(model, {"skip": []})(x).sum().backward()
+print("eager ran")
+torch._dynamo.reset()
+torch.compile(model, backend="fqt1bit", options={"skip": []})(x)
+"""
+    done = run_python(code, PATH=str(tmp_path), CXX=None, FQT_COMPILE_CACHE=str(tmp_path / "cache"))
+    assert done.stdout.split("\n")[:2] == ["oracle ran", "eager ran"], done.stderr
+    assert done.returncode != 0
+    last = [line for line in done.stderr.splitlines() if "CompilerMissingError" in line]
+    assert last
+    assert "CXX" in done.stderr
+    assert "lowering" in done.stderr
+
+
+def test_uuid_covers_options_names_and_fuel(monkeypatch):
+    config = FQTConfig()
+    base = FQTPass(config, ["a"]).uuid()
+    assert FQTPass(config, ["a"]).uuid() == base
+    assert FQTPass(config.replace(bits=2), ["a"]).uuid() != base
+    assert FQTPass(config, ["b"]).uuid() != base
+    monkeypatch.setenv("FQT_COMPILE_FUEL", "1")
+    assert FQTPass(config, ["a"]).uuid() != base
+
+
+def test_graph_breaks_and_activation_checkpointing():
+    class Broken(SmallNet):
+        def forward(self, x):
+            h = self.act(self.stem(x))
+            torch._dynamo.graph_break()
+            h = torch.utils.checkpoint.checkpoint(lambda t: self.act(self.conv1(t)), h, use_reentrant=False)
+            return self.fc2(self.act(self.fc1(nn.functional.adaptive_avg_pool2d(self.conv2(h), 2).flatten(1))))
+
+    x, y = small_batch()
+    loss, gradients = step_gradients(compiled(Broken(), skip=["last"]), x, y)
+    assert loss > 0
+    assert float(gradients["conv1.weight"].abs().sum()) > 0

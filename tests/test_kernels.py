@@ -1,0 +1,113 @@
+"""Every native CPU operation equals its reference bit for bit: all instruction sets, 1 and 2 threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from grid import LAYERS, REFERENCE, Layer, calls, expected, operands
+from torch import Tensor
+
+from fqt_compile.errors import ConfigError, UnsupportedInputError
+from fqt_compile.kernels import cpu
+
+OPERATIONS = [name for name in REFERENCE if name != "draw_seed"]
+
+
+def assert_same(actual: Any, wanted: Any, where: str) -> None:
+    """Same dtype, shape, strides (of axes longer than 1) and bits; any NaN equals any NaN."""
+    if isinstance(wanted, tuple):
+        for item, (a, w) in enumerate(zip(actual, wanted, strict=True)):
+            assert_same(a, w, f"{where}[{item}]")
+        return
+    assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape), where
+    if wanted.numel():
+        layouts = ([s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (actual, wanted))
+        assert next(layouts) == next(layouts), f"{where}: strides {actual.stride()}, expected {wanted.stride()}"
+    if wanted.is_floating_point():
+        assert torch.equal(actual.isnan(), wanted.isnan()), f"{where}: NaNs differ"
+        actual, wanted = _bits(actual), _bits(wanted)
+    assert torch.equal(actual, wanted), f"{where}: {int((actual != wanted).sum())} of {wanted.numel()} differ"
+
+
+def _bits(x: Tensor) -> Tensor:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.where(x.isnan(), torch.zeros_like(x), x).view(integer)
+
+
+@pytest.fixture(params=cpu.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with cpu.force_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_every_reference_operation_is_native() -> None:
+    assert sorted(cpu.OPERATIONS) == sorted(REFERENCE)
+    assert sorted(calls(LAYERS[0])) == sorted(OPERATIONS)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_equals_reference(operation: str, layer: Layer, isa: str, threads: int) -> None:
+    wanted = expected(layer, operation)
+    for number, (arguments, result) in enumerate(zip(calls(layer)[operation], wanted, strict=True)):
+        actual = cpu.OPERATIONS[operation](*arguments)
+        assert_same(actual, result, f"{operation} call {number}")
+
+
+def test_draws_the_same_seed() -> None:
+    torch.manual_seed(3)
+    seed = cpu.OPERATIONS["draw_seed"](torch.device("cpu"))
+    torch.manual_seed(3)
+    assert torch.equal(seed, REFERENCE["draw_seed"](torch.device("cpu")))
+
+
+def test_wrong_words_are_refused() -> None:
+    o = operands(LAYERS[0])
+    bits, _ = REFERENCE["pack_activation"](o.x, None)
+    w_bits, scale = REFERENCE["quantize_weight"](o.weight, "xnor")
+    with pytest.raises(UnsupportedInputError, match="x_bits.*accepted"):
+        cpu.OPERATIONS["output_product"](bits[:, :1], w_bits, 130, 65, "sign", [], [])
+    with pytest.raises(UnsupportedInputError, match="w_bits.*accepted"):
+        cpu.OPERATIONS["unpack_weight"](w_bits, scale, 64)
+    with pytest.raises(UnsupportedInputError, match="mask.*accepted"):
+        cpu.OPERATIONS["apply_mask"](o.x, bits[:5])
+    with pytest.raises(UnsupportedInputError, match=r"torch\.int64; accepted"):
+        cpu.OPERATIONS["activation_threshold"](bits)
+    with pytest.raises(ConfigError, match="'none', 'xnor'"):
+        cpu.OPERATIONS["quantize_weight"](o.weight, "xnro")
+
+
+def test_rows_outside_the_tensor_are_refused() -> None:
+    o = operands(LAYERS[0])
+    rows = torch.tensor([0, o.g.shape[0]], dtype=torch.int32)
+    with pytest.raises(UnsupportedInputError, match="index outside"):
+        cpu.OPERATIONS["quantize_rows"](o.g, None, rows, None, o.seed, 1, 4)
+    with pytest.raises(UnsupportedInputError, match="index outside"):
+        cpu.OPERATIONS["quantize_channels"](o.g, rows, None, None, None, o.seed, 1, 4)
+
+
+def test_int32_overflow_is_refused() -> None:
+    planes = torch.zeros(8, 1, 2**17 + 1, dtype=torch.int64)
+    channels = 64 * (2**17 + 1)
+    w_bits_t = torch.zeros(1, 2**17 + 1, 16, dtype=torch.int64)
+    with pytest.raises(UnsupportedInputError, match="exceed int32"):
+        cpu.OPERATIONS["grad_input_product"](planes[:, :, : 2**17 + 1], w_bits_t, 1, channels, [], [], [])
+
+
+def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="'sse9'.*portable"), cpu.force_isa("sse9"):
+        pass
+    monkeypatch.setenv("FQT_COMPILE_ISA", "neon")
+    with pytest.raises(ConfigError, match="FQT_COMPILE_ISA: got 'neon'.*portable"):
+        cpu.OPERATIONS["activation_threshold"](torch.ones(1, 1))
