@@ -115,14 +115,21 @@ def compile_interpreted(
     return compiled
 
 
-class ReferenceInterpreter(fx.Interpreter):
+class NativeInterpreter(fx.Interpreter):
+    """Runs a rewritten graph node by node with the native kernels."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.aten.view.default:
+            target = torch.reshape  # packed operations return NHWC memory, where a traced view may need a copy
+        return super().call_function(target, args, kwargs)
+
+
+class ReferenceInterpreter(NativeInterpreter):
     """Runs a rewritten graph with the reference operations: the oracle, which needs no compiler."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(target, "namespace", None) == "fqt":
             target = OPERATIONS[target._schema.name.removeprefix("fqt::")]
-        elif target is torch.ops.aten.view.default:
-            target = torch.reshape  # packed operations return NHWC memory, where a traced view may need a copy
         return super().call_function(target, args, kwargs)
 
 

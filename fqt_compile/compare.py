@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, fx, nn
 
-from .backend import FQTPass, ReferenceInterpreter, compile_interpreted, fqt1bit, parameter_names
+from .backend import FQTPass, NativeInterpreter, ReferenceInterpreter, compile_interpreted, fqt1bit, parameter_names
 from .capture import run_captured
 from .config import FQTConfig
 from .eager import eager
@@ -162,7 +162,7 @@ class _Runs:
         with torch.random.fork_rng(devices=[]):
             loss = self.loss(forward(model))
             grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        return float(loss), {name: g for name, g in zip(named, grads, strict=True) if g is not None}
+        return loss.item(), {name: g for name, g in zip(named, grads, strict=True) if g is not None}
 
 
 class _MarkPass(FQTPass):
@@ -176,7 +176,7 @@ class _MarkPass(FQTPass):
                     node.meta["fqt"] = Provenance("mark", site.name, role)
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(NativeInterpreter):
     """Keeps a copy of every layer's output, grad_input and grad_weight."""
 
     def __init__(self, graph: fx.GraphModule, values: Values) -> None:
