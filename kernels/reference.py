@@ -158,7 +158,7 @@ def grad_input_product(
     """
     dtype = _exact_dtype(255 * math.prod(w.shape) // max(1, w.shape[1]))
     w = w.to(dtype)
-    with_ones = torch.cat([codes.to(dtype), torch.ones_like(codes[:1], dtype=dtype)])
+    with_ones = torch.cat([codes.to(dtype), codes.new_ones(1, *codes.shape[1:], dtype=dtype)])
     if not stride:
         product = with_ones @ w
     else:
@@ -197,7 +197,8 @@ def importance(rows: Tensor, kind: str) -> Tensor:
     if kind == "uniform" or rows.shape[1] == 0:
         return torch.ones_like(rows[:, 0]) if rows.shape[1] else rows.new_ones(rows.shape[0])
     if kind == "norm":
-        return lane_sum(rows * rows).sqrt()
+        # Through float64, which rounds correctly to float32: torch's float32 sqrt may be off by one unit.
+        return lane_sum(rows * rows).to(torch.float64).sqrt().to(torch.float32)
     return rows.amax(1) - rows.amin(1)
 
 

@@ -168,10 +168,7 @@ def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
     systematic = o.rows["systematic"]
     by_channel = [(g, *systematic, *c, o.seed, 6, 4) for g in special.values() for c in o.channels.values()]
     by_channel += [
-        (o.g, *rows, *c, o.seed, 6, bits)
-        for rows in o.rows.values()
-        for c in o.channels.values()
-        for bits in (1, 3, 8)
+        (o.g, *rows, *c, o.seed, 6, bits) for rows in o.rows.values() for c in o.channels.values() for bits in (1, 3, 8)
     ]
     return {"quantize_rows": by_row, "quantize_channels": by_channel}
 
@@ -191,9 +188,7 @@ def _product_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
         acc, weight_sum = REFERENCE["grad_input_product"](*made["grad_input_product"][-1])
         made["dequantize_grad_input"].append((acc, weight_sum, s, z, rows, mask))
         for kept, channel_scale in o.channels.values():
-            lanes, s, z = REFERENCE["quantize_channels"](
-                o.g, rows, row_scale, kept, channel_scale, o.seed, 6, bits
-            )
+            lanes, s, z = REFERENCE["quantize_channels"](o.g, rows, row_scale, kept, channel_scale, o.seed, 6, bits)
             width = layer.out_channels if kept is None else kept.shape[0]
             for code in ("sign", "threshold"):
                 sizes = (layer.output, layer.kernel, *geometry)

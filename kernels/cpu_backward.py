@@ -1,0 +1,245 @@
+"""Native CPU operations on gradients. Definitions: `reference_ops`; layouts: `packing`; selection: `selection`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedInputError
+from . import native, noise, packing, reference, selection
+from .cpu_forward import CODES
+from .native import call, choice, empty_nhwc, indices, inner_size, nhwc, vector
+from .packing import LANE_TILE, WORD, ceil_div
+
+KINDS = {"norm": 0, "range": 1, "uniform": 2}
+PRUNES = {"none": 0, "topk": 1, "bernoulli": 2, "systematic": 3}
+
+
+def row_importance(g: Tensor, kind: str) -> Tensor:
+    rows, size, number = g.shape[0], g[:1].numel(), choice("kind", kind, KINDS)
+    if kind == "uniform" or size == 0:
+        return g.new_ones(rows, dtype=torch.float32)
+    importance = g.new_empty(rows, dtype=torch.float32)
+    call("quantize", "row_importance", nhwc(g), rows, size, number, importance)
+    return importance
+
+
+def channel_importance(g: Tensor, rows: Tensor, row_scale: Tensor | None, kind: str) -> Tensor:
+    importance = g.new_empty(g.shape[1], dtype=torch.float32)
+    kept = (indices(rows), rows.shape[0], vector(row_scale))
+    call("quantize", "channel_importance", nhwc(g), *_sizes(g), *kept, choice("kind", kind, KINDS), importance)
+    return importance
+
+
+def _sizes(g: Tensor) -> tuple[int, int, int]:
+    """Samples, positions per sample and channels."""
+    return g.shape[0], inner_size(g), g.shape[1]
+
+
+def _keys(seed: Tensor, stream: int) -> tuple[int, int]:
+    return noise.stream_keys(int(seed), stream)
+
+
+def select(
+    importance: Tensor, seed: Tensor, stream: int, prune: str, keep_num: int, keep_den: int
+) -> tuple[Tensor, Tensor]:
+    size, number = importance.shape[0], choice("prune", prune, PRUNES)
+    count = selection.kept_count(size, keep_num, keep_den)
+    entries = selection.selected_size(size, prune, Fraction(keep_num, keep_den))
+    rows, scale = importance.new_empty(entries, dtype=torch.int32), importance.new_empty(entries, dtype=torch.float32)
+    values, keys = vector(importance), _keys(seed, stream)
+    # Selection is sequential; the number of threads, which every kernel is passed, is not used.
+    call("select", "select_rows", values, size, number, count, *keys, rows, scale, entries)
+    return rows, scale
+
+
+# -- moving rows: plain indexing, which torch does at memory speed --------------------------------------------
+
+
+def prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    pruned = torch.zeros_like(g)
+    kept = rows[rows >= 0].long()
+    pruned[kept] = reference.kept_gradient(g, rows, row_scale).to(g.dtype)
+    return pruned
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    gathered = native.nhwc_memory(x).index_select(0, rows.clamp(min=0))
+    gathered[rows < 0] = 0
+    return packing.channels_second(gathered)
+
+
+def scatter_rows(kept: Tensor, rows: Tensor, size: int) -> Tensor:
+    full = packing.channels_second(kept.new_zeros(size, *kept.shape[2:], kept.shape[1]))
+    used = rows[rows >= 0].long()
+    full[used] = kept[: used.shape[0]]
+    return full
+
+
+# -- quantizing ----------------------------------------------------------------------------------------------
+
+
+def quantize_rows(
+    g: Tensor,
+    weight_scale: Tensor | None,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    seed: Tensor,
+    stream: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    native.require_bits("quantize_rows", bits)
+    samples, inner, channels = _sizes(g)
+    count = rows.shape[0]
+    planes = g.new_empty([bits, count, *g.shape[2:], ceil_div(channels, WORD)], dtype=torch.int64)
+    scale, zero = (g.new_empty(count, dtype=torch.float32) for _ in range(2))
+    kept = (vector(weight_scale), indices(rows), count, vector(row_scale))
+    keys = _keys(seed, stream)
+    call("quantize", "quantize_rows", nhwc(g), samples, inner, channels, *kept, *keys, bits, planes, scale, zero)
+    return planes, scale, zero
+
+
+def quantize_channels(
+    g: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    channels: Tensor | None,
+    channel_scale: Tensor | None,
+    seed: Tensor,
+    stream: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    native.require_bits("quantize_channels", bits)
+    count, width = rows.shape[0], g.shape[1] if channels is None else channels.shape[0]
+    shape = [bits, ceil_div(width, LANE_TILE), ceil_div(count * inner_size(g), WORD), LANE_TILE]
+    lanes = g.new_empty(shape, dtype=torch.int64)
+    scale, zero = (g.new_empty(width, dtype=torch.float32) for _ in range(2))
+    kept = (indices(rows), count, vector(row_scale))
+    chosen = (None if channels is None else indices(channels), width, vector(channel_scale))
+    keys = _keys(seed, stream)
+    call("quantize", "quantize_channels", nhwc(g), *_sizes(g), *kept, *chosen, *keys, bits, lanes, scale, zero)
+    return lanes, scale, zero
+
+
+def dequantize_rows(
+    planes: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, channels: int, size: int
+) -> Tensor:
+    packed = native.words("planes", planes, channels)
+    bits, count, *spatial, _ = packed.shape
+    native.require_bits("dequantize_rows", bits)
+    out = empty_nhwc(scale, [size, channels, *spatial], torch.float32)
+    kept = (vector(scale), vector(zero_point), indices(rows), count)
+    call("dequantize", "dequantize_rows", packed, bits, *kept, size, math.prod(spatial), channels, out)
+    return out
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+
+def grad_input_product(
+    planes: Tensor,
+    w_bits_t: Tensor,
+    in_channels: int,
+    out_channels: int,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    codes = native.words("planes", planes, out_channels)
+    w = native.panels("w_bits_t", w_bits_t, in_channels, out_channels)
+    bits, count, *spatial, word_count = codes.shape
+    _, *kernel, _, _ = w.shape
+    native.require_bits("grad_input_product", bits)
+    native.require_int32("grad_input_product", 2**bits - 1, out_channels * math.prod(kernel))
+    acc = empty_nhwc(codes, [count, in_channels, *input_size], torch.int32)
+    weight_sum = empty_nhwc(codes, [1, in_channels, *input_size], torch.int32)
+    shape = native.geometry(
+        batch=count,
+        words=word_count,
+        channels=in_channels,
+        input_size=spatial,
+        output_size=input_size,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+    )
+    call("conv_product", "conv_product", codes, bits, w, shape, True, False, out_channels, acc, weight_sum)
+    return acc, weight_sum
+
+
+def grad_weight_product(
+    lanes: Tensor,
+    x_bits: Tensor,
+    rows: Tensor,
+    in_channels: int,
+    out_channels: int,
+    code: str,
+    output_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    x = native.words("x_bits", x_bits, in_channels)
+    positions = rows.shape[0] * math.prod(output_size)
+    g = _require_lanes(lanes, out_channels, positions)
+    native.require_int32("grad_weight_product", 2 ** g.shape[0] - 1, positions)
+    acc = empty_nhwc(g, [out_channels, in_channels, *kernel], torch.int32)
+    code_sum = empty_nhwc(g, [1, in_channels, *kernel], torch.int32)
+    shape = native.geometry(
+        batch=x.shape[0],
+        words=x.shape[-1],
+        in_channels=in_channels,
+        out_channels=out_channels,
+        input_size=x.shape[1:-1],
+        output_size=output_size,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+    )
+    kept, sign = (indices(rows), rows.shape[0]), choice("code", code, CODES)
+    call("grad_weight_product", "grad_weight_product", g, g.shape[0], x, *kept, shape, sign, acc, code_sum)
+    return acc, code_sum
+
+
+def _require_lanes(lanes: Tensor, channels: int, positions: int) -> Tensor:
+    """Contiguous lanes of ``channels`` channels and ``positions`` positions; raises unless they fit."""
+    expected = (ceil_div(channels, LANE_TILE), ceil_div(positions, WORD), LANE_TILE)
+    if lanes.dtype != torch.int64 or tuple(lanes.shape[1:]) != expected:
+        raise UnsupportedInputError(
+            f"lanes: got {lanes.dtype} of shape {tuple(lanes.shape)}; accepted: torch.int64 (bits, "
+            f"{', '.join(map(str, expected))})"
+        )
+    native.require_bits("lanes", lanes.shape[0])
+    return lanes.contiguous()
+
+
+# -- dequantizing --------------------------------------------------------------------------------------------
+
+
+def dequantize_grad_input(
+    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+) -> Tensor:
+    samples, channels = mask.shape[0], acc.shape[1]
+    keep = native.words("mask", mask, channels, [samples, *acc.shape[2:]])
+    out = empty_nhwc(scale, [samples, *acc.shape[1:]], torch.float32)
+    integers = (native.nhwc_memory(acc), native.nhwc_memory(weight_sum))
+    kept = (vector(scale), vector(zero_point), indices(rows), rows.shape[0])
+    sizes = (samples, inner_size(acc), channels)
+    call("dequantize", "dequantize_grad_input", *integers, *kept, keep, *sizes, out)
+    return out
+
+
+def dequantize_grad_weight(
+    acc: Tensor, code_sum: Tensor, scale: Tensor, zero_point: Tensor, channels: Tensor | None, out_channels: int
+) -> Tensor:
+    out = empty_nhwc(scale, [out_channels, *acc.shape[1:]], torch.float32)
+    integers = (native.nhwc_memory(acc), native.nhwc_memory(code_sum))
+    chosen = (None if channels is None else indices(channels), acc.shape[0])
+    size = math.prod(acc.shape[1:])
+    values = (vector(scale), vector(zero_point))
+    call("dequantize", "dequantize_grad_weight", *integers, *values, *chosen, out_channels, size, out)
+    return out

@@ -1,0 +1,130 @@
+"""Native CPU operations on activations and weights. Definitions: `reference_ops`; layouts: `packing`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import native, packing
+from .native import call, choice, empty_nhwc, inner_size, nhwc
+from .ops import output_size
+from .packing import PANEL, WORD, ceil_div
+
+CODES = {"threshold": 0, "sign": 1}
+MODES = {"none": 0, "xnor": 1}
+
+
+def activation_threshold(x: Tensor) -> Tensor:
+    mean = x.new_empty((), dtype=torch.float32)
+    call("pack", "activation_threshold", nhwc(x), x.numel(), mean)
+    return mean
+
+
+def pack_activation(x: Tensor, threshold: Tensor | None, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    values, (n, channels, *spatial) = nhwc(x), x.shape
+    bits, mask = (x.new_empty([n, *spatial, ceil_div(channels, WORD)], dtype=torch.int64) for _ in range(2))
+    call("pack", "pack_activation", values, n * inner_size(x), channels, native.vector(threshold), bits, mask)
+    return bits, mask
+
+
+def unpack_activation(x_bits: Tensor, channels: int, code: str) -> Tensor:
+    bits = native.words("x_bits", x_bits, channels)
+    n, *spatial, word_count = bits.shape
+    x = empty_nhwc(bits, [n, channels, *spatial], torch.float32)
+    pixels = bits.numel() // word_count
+    call("pack", "unpack_activation", bits, pixels, channels, choice("code", code, CODES), x)
+    return x
+
+
+def apply_mask(g: Tensor, mask: Tensor) -> Tensor:
+    n, channels, *spatial = g.shape
+    keep = native.words("mask", mask, channels, [n, *spatial])
+    out = empty_nhwc(g, g.shape, g.dtype)
+    values, pixels = native.nhwc_memory(g), n * inner_size(g)
+    call("pack", "apply_mask", values, g.element_size(), keep, pixels, channels, out)
+    return out
+
+
+def _stored(weight: Tensor) -> tuple[Tensor, bool]:
+    """float32 weight memory, and whether its taps are outside its channels (NHWC) or inside (contiguous)."""
+    w = weight.to(torch.float32)
+    if packing.channels_last(w).is_contiguous() or not w.is_contiguous():
+        return native.nhwc_memory(w), True
+    return w, False
+
+
+def quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    out_channels, in_channels, *kernel = weight.shape
+    shape = [ceil_div(out_channels, PANEL), *kernel, ceil_div(in_channels, WORD), PANEL]
+    panels = weight.new_empty(shape, dtype=torch.int64)
+    scale = weight.new_empty(out_channels, dtype=torch.float32)
+    w, by_tap = _stored(weight)
+    sizes = (out_channels, in_channels, inner_size(weight))
+    call("weight", "quantize_weight", w, *sizes, by_tap, choice("mode", mode, MODES), panels, scale)
+    return panels, scale
+
+
+def _taps(panels: Tensor) -> int:
+    return panels[0, ..., 0, 0].numel()
+
+
+def transpose_weight(w_bits: Tensor, in_channels: int, out_channels: int) -> Tensor:
+    panels = native.panels("w_bits", w_bits, out_channels, in_channels)
+    _, *kernel, _, _ = panels.shape
+    panels_t = panels.new_empty([ceil_div(in_channels, PANEL), *kernel, ceil_div(out_channels, WORD), PANEL])
+    call("weight", "transpose_weight", panels, out_channels, in_channels, _taps(panels), panels_t)
+    return panels_t
+
+
+def unpack_weight(w_bits: Tensor, weight_scale: Tensor, in_channels: int) -> Tensor:
+    out_channels = weight_scale.shape[0]
+    panels = native.panels("w_bits", w_bits, out_channels, in_channels)
+    _, *kernel, _, _ = panels.shape
+    weight = empty_nhwc(panels, [out_channels, in_channels, *kernel], torch.float32)
+    sizes = (out_channels, in_channels, _taps(panels))
+    call("weight", "unpack_weight", panels, native.vector(weight_scale), *sizes, weight)
+    return weight
+
+
+def weight_gradient(grad_hat: Tensor, weight: Tensor, weight_scale: Tensor, mode: str) -> Tensor:
+    grad = torch.empty_like(weight, dtype=torch.float32)
+    w, by_tap = _stored(weight)
+    in_order = (packing.channels_last(grad) if by_tap else grad).is_contiguous()
+    result = grad if in_order else empty_nhwc(grad, grad.shape, torch.float32)
+    sizes = (weight.shape[0], weight.shape[1], inner_size(weight))
+    scale, xnor = native.vector(weight_scale), choice("mode", mode, MODES)
+    call("weight", "weight_gradient", nhwc(grad_hat), w, scale, *sizes, by_tap, xnor, result)
+    return grad if in_order else grad.copy_(result)
+
+
+def output_product(
+    x_bits: Tensor,
+    w_bits: Tensor,
+    in_channels: int,
+    out_channels: int,
+    code: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    x = native.words("x_bits", x_bits, in_channels)
+    w = native.panels("w_bits", w_bits, out_channels, in_channels)
+    n, *spatial, _ = x.shape
+    _, *kernel, _, _ = w.shape
+    native.require_int32("output_product", 1, in_channels * _taps(w))
+    size = output_size(spatial, kernel, stride, padding)
+    acc = empty_nhwc(x, [n, out_channels, *map(int, size)], torch.int32)
+    shape = native.geometry(
+        batch=n,
+        words=x.shape[-1],
+        channels=out_channels,
+        input_size=spatial,
+        output_size=acc.shape[2:],
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+    )
+    sign = choice("code", code, CODES)
+    call("conv_product", "conv_product", x, 1, w, shape, False, sign, in_channels, acc, None)
+    return acc

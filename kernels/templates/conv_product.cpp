@@ -1,0 +1,222 @@
+{% include "common.h" %}
+{% include "tile.h" %}
+// output_product and grad_input_product: one xor kernel over rows [planes][N][IH][IW][CW] and panels
+// [channels/16][taps][CW][16] (packing.py).
+//
+//     out[n, position, c] = base[class][c] - factor * count
+//
+// A position's tap class says which taps are inside the image, per axis. A tile takes its 8 positions from one
+// class, across images, so that padding costs nothing and needs no bits.
+
+struct Geometry {
+{% for field in geometry %}
+  i64 {{ field }};
+{% endfor %}
+};
+
+struct Member {
+  i64 output, input;  // position of the output, position of the input under the first tap
+};
+
+// Positions of one axis that share their taps: first, first + step, ... (count of them).
+struct AxisClass {
+  i64 first, count;
+  std::vector<Member> members;
+};
+
+struct Axis {
+  i64 inputs, outputs, kernel, stride, padding;
+  bool transposed;
+
+  // The input under tap t of output o, or -1 where there is none. Transposed taps are flipped (panels_t).
+  i64 input(i64 o, i64 t) const {
+    if (!transposed) {
+      i64 i = o * stride - padding + t;
+      return i >= 0 && i < inputs ? i : -1;
+    }
+    i64 scaled = o + padding - (kernel - 1) + t;
+    return scaled >= 0 && scaled % stride == 0 && scaled / stride < inputs ? scaled / stride : -1;
+  }
+
+  i64 tap_step() const { return transposed ? stride : 1; }
+
+  std::vector<AxisClass> classes() const {
+    std::vector<AxisClass> found;
+    for (i64 o = 0; o < outputs; ++o) {
+      i64 first = 0, count = 0, start = 0;
+      for (i64 t = 0; t < kernel; ++t) {
+        i64 i = input(o, t);
+        if (i < 0) continue;
+        if (!count) first = t, start = i;
+        ++count;
+      }
+      auto same = [&](const AxisClass& c) { return c.first == first && c.count == count; };
+      auto place = std::find_if(found.begin(), found.end(), same);
+      if (place == found.end()) place = found.insert(found.end(), AxisClass{first, count, {}});
+      place->members.push_back({o, start});
+    }
+    return found;
+  }
+};
+
+// Positions that share their taps on both axes.
+struct TapClass {
+  const AxisClass *h, *w;
+  std::vector<Run> runs;
+  std::vector<i32> base;  // per channel
+  i64 first_tile;
+  i64 positions() const { return i64(h->members.size() * w->members.size()); }
+};
+
+struct Product {
+  Geometry g;
+  Axis rows, columns;
+  i64 planes, panels;  // bit planes of the rows; groups of 16 channels
+  bool sign;           // both operands +-1, else the rows' codes are 0, 1, ... 2**planes - 1
+  const u64 *words, *weights;
+  std::vector<AxisClass> h_classes, w_classes;
+  std::vector<TapClass> classes;
+  i64 tiles;
+
+  i64 tap(i64 h, i64 w) const { return h * g.kernel_w + w; }
+  i64 panel_words() const { return g.kernel_h * g.kernel_w * g.words * PANEL; }
+
+  // Runs of consecutive words: taps that are neighbours along w are merged.
+  std::vector<Run> runs_of(const AxisClass& h, const AxisClass& w) const {
+    std::vector<Run> runs;
+    for (i64 a = 0; a < h.count; ++a)
+      for (i64 b = 0; b < w.count; ++b) {
+        i64 t = tap(h.first + a * rows.tap_step(), w.first + b * columns.tap_step());
+        Run run{(a * g.in_w + b) * g.words, t * g.words, g.words};
+        bool extends = !runs.empty() && runs.back().a + runs.back().length == run.a &&
+                       runs.back().b + runs.back().length == run.b;
+        if (extends) runs.back().length += run.length;
+        else runs.push_back(run);
+      }
+    return runs;
+  }
+
+  // popcount of the weights of every tap and channel, [taps][panels * 16]
+  std::vector<i32> tap_counts() const {
+    const i64 taps = g.kernel_h * g.kernel_w, width = panels * PANEL;
+    std::vector<i32> counts(taps * width);
+    for (i64 j = 0; j < panels; ++j)
+      for (i64 t = 0; t < taps; ++t)
+        for (i64 k = 0; k < g.words; ++k) {
+          const u64* w = weights + j * panel_words() + (t * g.words + k) * PANEL;
+          i32* to = &counts[t * width + j * PANEL];
+          for (int c = 0; c < PANEL; ++c) to[c] += i32(__builtin_popcountll(w[c]));
+        }
+    return counts;
+  }
+
+  // popcount of the weights over the taps of a class, per channel
+  std::vector<i32> class_counts(const TapClass& c, const std::vector<i32>& counts) const {
+    const i64 width = panels * PANEL;
+    std::vector<i32> sum(width);
+    for (const Run& run : c.runs)
+      for (i64 t = run.b / g.words; t < (run.b + run.length) / g.words; ++t)
+        for (i64 i = 0; i < width; ++i) sum[i] += counts[t * width + i];
+    return sum;
+  }
+
+  void prepare(bool transposed, i64 contraction, i32* weight_sum) {
+    rows = {g.in_h, g.out_h, g.kernel_h, g.stride_h, g.padding_h, transposed};
+    columns = {g.in_w, g.out_w, g.kernel_w, g.stride_w, g.padding_w, transposed};
+    panels = ceil_div(g.channels, PANEL);
+    h_classes = rows.classes();
+    w_classes = columns.classes();
+    std::vector<i32> counts = sign ? std::vector<i32>() : tap_counts();
+    tiles = 0;
+    for (const AxisClass& h : h_classes)
+      for (const AxisClass& w : w_classes) {
+        TapClass c{&h, &w, runs_of(h, w), {}, tiles};
+        const i32 products = i32(contraction * h.count * w.count);
+        c.base = sign ? std::vector<i32>(panels * PANEL, products) : class_counts(c, counts);
+        if (weight_sum) fill_weight_sum(c, products, weight_sum);
+        if (!sign)
+          for (i32& value : c.base) value *= i32((1 << planes) - 1);
+        tiles += ceil_div(g.batch * c.positions(), TILE);
+        classes.push_back(std::move(c));
+      }
+  }
+
+  // The product with code 1 everywhere: 2 * popcount - number of products.
+  void fill_weight_sum(const TapClass& c, i32 products, i32* weight_sum) const {
+    for (const Member& h : c.h->members)
+      for (const Member& w : c.w->members) {
+        i32* to = weight_sum + (h.output * g.out_w + w.output) * g.channels;
+        for (i64 i = 0; i < g.channels; ++i) to[i] = 2 * c.base[i] - products;
+      }
+  }
+
+  // Rows of one tile and where their results go; returns how many of the 8 are used.
+  int locate(const TapClass& c, i64 tile, RowPointers& from, i64* to) const {
+    const i64 w_count = i64(c.w->members.size()), h_count = i64(c.h->members.size());
+    const i64 first = (tile - c.first_tile) * TILE;
+    const int used = int(std::min<i64>(TILE, g.batch * c.positions() - first));
+    i64 w = first % w_count, h = first / w_count % h_count, n = first / w_count / h_count;
+    for (int r = 0; r < TILE; ++r) {
+      if (r >= used) {
+        from.row[r] = from.row[0];
+        continue;
+      }
+      const Member &mh = c.h->members[h], &mw = c.w->members[w];
+      from.row[r] = words + ((n * g.in_h + mh.input) * g.in_w + mw.input) * g.words;
+      to[r] = ((n * g.out_h + mh.output) * g.out_w + mw.output) * g.channels;
+      if (++w == w_count) {
+        w = 0;
+        if (++h == h_count) h = 0, ++n;
+      }
+    }
+    return used;
+  }
+
+  // Tiles x panels begin .. end - 1, panels fastest.
+  template <bool SIGN>
+  void compute(i64 begin, i64 end, i32* out) const {
+    RowPointers from;
+    from.plane_stride = g.batch * g.in_h * g.in_w * g.words;
+    size_t index = 0;
+    while (begin < end) {
+      const i64 tile = begin / panels, first = begin % panels, last = std::min(panels, first + end - begin);
+      while (index + 1 < classes.size() && classes[index + 1].first_tile <= tile) ++index;
+      const TapClass& c = classes[index];
+      i64 to[TILE];
+      const int used = locate(c, tile, from, to);
+      for (i64 j = first; j < last; ++j) {
+        const i64 channel = j * PANEL;
+        Half base[2];
+        std::memcpy(base, &c.base[channel], sizeof base);
+        auto store = [&](int r, Half low, Half high) {
+          if (r >= used) return;
+          if (SIGN) low += low, high += high;
+          store_counts(out + to[r] + channel, g.channels - channel, base[0] - low, base[1] - high);
+        };
+        count_tile<Xor>(from, SIGN ? 1 : int(planes), c.runs.data(), int(c.runs.size()), weights + j * panel_words(),
+                        store);
+      }
+      begin += last - first;
+    }
+  }
+};
+
+// out int32 [N][OH][OW][channels]; weight_sum int32 [OH][OW][channels] or null. contraction: channels per tap.
+EXPORT i64 conv_product(const u64* words, i64 planes, const u64* weights, const Geometry* geometry, i64 transposed,
+                        i64 sign, i64 contraction, i32* out, i32* weight_sum, i64 threads) {
+  Product product{};
+  product.g = *geometry;
+  product.planes = planes;
+  product.sign = sign;
+  product.words = words;
+  product.weights = weights;
+  product.prepare(transposed, contraction, weight_sum);
+  const i64 units = product.tiles * product.panels;
+  const i64 parts = useful_threads(units * product.panel_words() * planes / PANEL, threads);
+  parallel_for(parts, parts, [&](i64 part) {
+    const i64 begin = units * part / parts, end = units * (part + 1) / parts;
+    if (sign) product.compute<true>(begin, end, out);
+    else product.compute<false>(begin, end, out);
+  });
+  return OK;
+}

@@ -1,0 +1,343 @@
+{% include "common.h" %}
+// Gradients [N][S][C] (NHWC, float32): importance of rows and channels, and stochastic rounding to bit planes.
+//
+//     z = min v, s = (max v - min v) / (2**b - 1), r = 1 / s (0 where s = 0), q = floor((v - z) r + u)
+
+enum Kind { NORM, RANGE, UNIFORM };
+
+// Smallest and largest value of 64 interleaved lanes.
+struct Extremes {
+  alignas(64) float low[WORD], high[WORD];
+  Extremes() {
+    std::fill(low, low + WORD, std::numeric_limits<float>::infinity());
+    std::fill(high, high + WORD, -std::numeric_limits<float>::infinity());
+  }
+  float least() const {
+    float x = low[0];
+    for (int i = 1; i < WORD; ++i) x = nan_min(x, low[i]);
+    return x;
+  }
+  float greatest() const {
+    float x = high[0];
+    for (int i = 1; i < WORD; ++i) x = nan_max(x, high[i]);
+    return x;
+  }
+};
+
+// Include v * factor, 64 or fewer values.
+INLINE void extend(float* low, float* high, const float* v, const float* factor, i64 count) {
+  if (count >= WORD) {
+    for (int i = 0; i < WORD; ++i) {
+      const float x = v[i] * factor[i];
+      low[i] = nan_min(low[i], x);
+      high[i] = nan_max(high[i], x);
+    }
+    return;
+  }
+  for (i64 i = 0; i < count; ++i) {
+    const float x = v[i] * factor[i];
+    low[i] = nan_min(low[i], x);
+    high[i] = nan_max(high[i], x);
+  }
+}
+
+struct Group {
+  float zero, scale, inverse;
+};
+
+// -0 becomes +0, so that the sign of a zero does not depend on the order of the comparisons.
+INLINE Group make_group(float low, float high, i64 bits) {
+  const float zero = low + 0.0f;
+  const float scale = (high + 0.0f - zero) / float((1 << bits) - 1);
+  return {zero, scale, scale > 0 ? 1 / scale : 0.0f};
+}
+
+// Parameters of 64 neighbouring elements.
+struct Lanes64 {
+  alignas(64) float factor[WORD], zero[WORD], inverse[WORD];
+  alignas(64) u32 offset[WORD];  // of the element in NHWC order, relative to its pixel
+};
+
+// Codes of 64 elements as bytes; a NaN has code 0.
+INLINE void quantize64(const float* v, const Lanes64& lanes, u32 index, Keys keys, float top, u8* codes) {
+  alignas(64) i32 wide[WORD];
+  for (int i = 0; i < WORD; ++i) {
+    const float noise = uniform(index + lanes.offset[i], keys);
+    float position = (v[i] * lanes.factor[i] - lanes.zero[i]) * lanes.inverse[i] + noise;
+    position = position > 0 ? position : 0.0f;
+    position = position < top ? position : top;
+    wide[i] = i32(position);
+  }
+  for (int i = 0; i < WORD; ++i) codes[i] = u8(wide[i]);
+}
+
+// 64 values, or fewer followed by zeros in `padded`.
+INLINE const float* block64(const float* v, i64 count, float* padded) {
+  if (count >= WORD) return v;
+  std::memset(padded, 0, WORD * sizeof(float));
+  std::memcpy(padded, v, count * sizeof(float));
+  return padded;
+}
+
+// -- importance ----------------------------------------------------------------------------------------------
+
+EXPORT i64 row_importance(const float* g, i64 rows, i64 size, i64 kind, float* importance, i64 threads) {
+  static const std::vector<float> ones(WORD, 1.0f);
+  parallel_for(rows, useful_threads(rows * size, threads), [&](i64 n) {
+    const float* v = g + n * size;
+    if (kind == NORM) {
+      importance[n] = std::sqrt(lane_sum(size, [&](i64 i) { return v[i] * v[i]; }));
+      return;
+    }
+    Extremes e;
+    for (i64 i = 0; i < size; i += WORD) extend(e.low, e.high, v + i, ones.data(), size - i);
+    importance[n] = e.greatest() - e.least();
+  });
+  return OK;
+}
+
+// The kept rows of a gradient, [used][S][C].
+struct Kept {
+  const float *g, *row_scale;
+  const i32* rows;
+  i64 used, inner, channels;
+  i64 positions() const { return used * inner; }
+  const float* pixel(i64 m) const { return g + (rows[m / inner] * inner + m % inner) * channels; }
+  float factor(i64 m) const { return row_scale ? row_scale[m / inner] : 1.0f; }
+};
+
+// Per channel, over the kept rows: L2 norm, its squares lane-summed along positions.
+static void channel_norms(const Kept& kept, i64 first, float* importance) {
+  const i64 count = std::min<i64>(WORD, kept.channels - first);
+  std::vector<float> lane(LANES * WORD);
+  for (i64 m = 0; m < kept.positions(); ++m) {
+    const float *v = kept.pixel(m) + first, factor = kept.factor(m);
+    float* to = &lane[m % LANES * WORD];
+    for (i64 i = 0; i < count; ++i) {
+      const float x = v[i] * factor;
+      to[i] += x * x;
+    }
+  }
+  for (int half = LANES / 2; half >= 1; half /= 2)
+    for (int i = 0; i < half * WORD; ++i) lane[i] += lane[half * WORD + i];
+  for (i64 i = 0; i < count; ++i) importance[first + i] = std::sqrt(lane[i]);
+}
+
+// Least and greatest value of 64 channels over the kept rows begin <= m < end.
+static void channel_extremes(const Kept& kept, i64 first, i64 begin, i64 end, Extremes& e) {
+  const i64 count = std::min<i64>(WORD, kept.channels - first);
+  alignas(64) float factor[WORD];
+  for (i64 m = begin; m < end; ++m) {
+    if (m == begin || m % kept.inner == 0) std::fill(factor, factor + WORD, kept.factor(m));
+    extend(e.low, e.high, kept.pixel(m) + first, factor, count);
+  }
+}
+
+static Kept keep_rows(const float* g, i64 samples, i64 inner, i64 channels, const i32* rows, i64 count,
+                      const float* row_scale) {
+  return {g, row_scale, rows, used_count(rows, count, samples), inner, channels};
+}
+
+// Least and greatest value of every channel: pieces of the positions in parallel, then merged (any order is exact).
+static void all_extremes(const Kept& kept, i64 threads, float* low, float* high) {
+  const i64 blocks = ceil_div(kept.channels, WORD), positions = kept.positions();
+  const i64 parts = useful_threads(positions * kept.channels, threads);
+  std::vector<Extremes> found(parts * blocks);
+  parallel_for(parts, parts, [&](i64 part) {
+    for (i64 b = 0; b < blocks; ++b)
+      channel_extremes(kept, b * WORD, positions * part / parts, positions * (part + 1) / parts,
+                       found[part * blocks + b]);
+  });
+  for (i64 c = 0; c < kept.channels; ++c) {
+    low[c] = found[c / WORD].low[c % WORD];
+    high[c] = found[c / WORD].high[c % WORD];
+    for (i64 part = 1; part < parts; ++part) {
+      low[c] = nan_min(low[c], found[part * blocks + c / WORD].low[c % WORD]);
+      high[c] = nan_max(high[c], found[part * blocks + c / WORD].high[c % WORD]);
+    }
+  }
+}
+
+EXPORT i64 channel_importance(const float* g, i64 samples, i64 inner, i64 channels, const i32* rows, i64 row_count,
+                              const float* row_scale, i64 kind, float* importance, i64 threads) {
+  const Kept kept = keep_rows(g, samples, inner, channels, rows, row_count, row_scale);
+  if (kept.used < 0) return BAD_INDEX;
+  if (kind == UNIFORM || kept.positions() == 0) {
+    std::fill(importance, importance + channels, 1.0f);
+    return OK;
+  }
+  threads = useful_threads(kept.positions() * channels, threads);
+  if (kind == NORM) {
+    parallel_for(ceil_div(channels, WORD), threads, [&](i64 b) { channel_norms(kept, b * WORD, importance); });
+    return OK;
+  }
+  std::vector<float> low(channels), high(channels);
+  all_extremes(kept, threads, low.data(), high.data());
+  for (i64 c = 0; c < channels; ++c) importance[c] = high[c] - low[c];
+  return OK;
+}
+
+// -- grad_input: one group per kept row ----------------------------------------------------------------------
+
+struct RowQuantizer {
+  const float *g, *channel_scale;  // channel_scale: alpha, or null
+  i64 inner, channels, bits, words;
+  Keys keys;
+  std::vector<float> factor;  // alpha, or ones; padded to whole words
+
+  void prepare() {
+    words = ceil_div(channels, WORD);
+    factor.assign(words * WORD, 1.0f);
+    if (channel_scale) std::copy(channel_scale, channel_scale + channels, factor.begin());
+  }
+
+  Group measure(const float* row) const {
+    Extremes e;
+    for (i64 s = 0; s < inner; ++s)
+      for (i64 c = 0; c < channels; c += WORD)
+        extend(e.low, e.high, row + s * channels + c, &factor[c], channels - c);
+    return make_group(e.least(), e.greatest(), bits);
+  }
+
+  // planes of one row, [bits] at distance plane_stride, each [inner][words]
+  Group run(i64 sample, u64* planes, i64 plane_stride) const {
+    const float* row = g + sample * inner * channels;
+    const Group group = measure(row);
+    const float top = float((1 << bits) - 1);
+    Lanes64 lanes;
+    std::fill(lanes.zero, lanes.zero + WORD, group.zero);
+    std::fill(lanes.inverse, lanes.inverse + WORD, group.inverse);
+    for (int i = 0; i < WORD; ++i) lanes.offset[i] = u32(i);
+    for (i64 w = 0; w < words; ++w) {
+      std::copy(&factor[w * WORD], &factor[w * WORD] + WORD, lanes.factor);
+      const i64 count = channels - w * WORD;
+      const u64 used = tail_mask(count);
+      for (i64 s = 0; s < inner; ++s) {
+        alignas(64) float padded[WORD];
+        alignas(64) u8 codes[WORD];
+        const i64 begin = s * channels + w * WORD;
+        quantize64(block64(row + begin, count, padded), lanes, u32(sample * inner * channels + begin), keys, top,
+                   codes);
+        for (int p = 0; p < bits; ++p) planes[p * plane_stride + s * words + w] = plane_of_bytes(codes, p) & used;
+      }
+    }
+    return group;
+  }
+};
+
+EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, const float* channel_scale,
+                         const i32* rows, i64 row_count, const float* row_scale, i64 k0, i64 k1, i64 bits, u64* planes,
+                         float* scale, float* zero, i64 threads) {
+  const i64 used = used_count(rows, row_count, samples);
+  if (used < 0) return BAD_INDEX;
+  RowQuantizer quantizer{g, channel_scale, inner, channels, bits, 0, {u32(k0), u32(k1)}, {}};
+  quantizer.prepare();
+  const i64 row_words = inner * quantizer.words, plane_stride = row_count * row_words;
+  parallel_for(row_count, useful_threads(row_count * inner * channels, threads), [&](i64 k) {
+    scale[k] = zero[k] = 0;
+    if (k < used && row_words) {
+      const Group group = quantizer.run(rows[k], planes + k * row_words, plane_stride);
+      const float factor = row_scale ? row_scale[k] : 1.0f;
+      scale[k] = group.scale * factor;
+      zero[k] = group.zero * factor;
+    } else
+      for (int p = 0; p < bits; ++p) {
+        u64* row = planes + p * plane_stride + k * row_words;
+        std::fill(row, row + row_words, 0);
+      }
+  });
+  return OK;
+}
+
+// -- grad_weight: one group per output channel ---------------------------------------------------------------
+
+struct ChannelQuantizer {
+  Kept kept;
+  const i32* chosen;  // kept channels, or null for all
+  i64 used, bits;     // channels that have a group
+  Keys keys;
+  std::vector<Lanes64> blocks;  // of 64 channels; factor is unused here
+
+  i64 channel(i64 c) const { return chosen ? chosen[c] : c; }
+
+  void prepare(i64 threads, float* scale, float* zero) {
+    std::vector<float> low(kept.channels), high(kept.channels);
+    all_extremes(kept, threads, low.data(), high.data());
+    blocks.resize(ceil_div(used, WORD));
+    std::memset(static_cast<void*>(blocks.data()), 0, blocks.size() * sizeof(Lanes64));
+    for (i64 c = 0; c < used; ++c) {
+      const Group group = make_group(low[channel(c)], high[channel(c)], bits);
+      Lanes64& block = blocks[c / WORD];
+      block.zero[c % WORD] = zero[c] = group.zero;
+      block.inverse[c % WORD] = group.inverse;
+      block.offset[c % WORD] = u32(channel(c));
+      scale[c] = group.scale;
+    }
+  }
+
+  // The values of one block of channels at one position; channels past the last are 0.
+  const float* values(const float* pixel, i64 block, float* padded) const {
+    const i64 first = block * WORD, count = std::min<i64>(WORD, used - first);
+    if (!chosen) return block64(pixel + first, count, padded);
+    std::memset(padded, 0, WORD * sizeof(float));
+    for (i64 i = 0; i < count; ++i) padded[i] = pixel[chosen[first + i]];
+    return padded;
+  }
+
+  // Bits of 64 positions x 64 channels: words of channels first, then transposed to words of positions.
+  void run(i64 word, i64 block, Lanes64& lanes, u64 (*planes)[WORD]) const {
+    const i64 first = word * WORD, count = std::min<i64>(WORD, kept.positions() - first);
+    const float top = float((1 << bits) - 1);
+    const u64 used_channels = tail_mask(used - block * WORD);
+    for (i64 i = 0; i < count; ++i) {
+      const i64 m = first + i;
+      if (i == 0 || m % kept.inner == 0) std::fill(lanes.factor, lanes.factor + WORD, kept.factor(m));
+      alignas(64) float padded[WORD];
+      alignas(64) u8 codes[WORD];
+      const float* pixel = kept.pixel(m);
+      quantize64(values(pixel, block, padded), lanes, u32(pixel - kept.g), keys, top, codes);
+      for (int p = 0; p < bits; ++p) planes[p][i] = plane_of_bytes(codes, p) & used_channels;
+    }
+    for (int p = 0; p < bits; ++p) {
+      std::fill(planes[p] + std::max<i64>(count, 0), planes[p] + WORD, 0);
+      transpose64(planes[p]);
+    }
+  }
+};
+
+// lanes [bits][ceil(channels/8)][W][8], of `width` channels; the words of unused rows and channels are clear.
+EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channels, const i32* rows, i64 row_count,
+                             const float* row_scale, const i32* chosen, i64 width, const float* channel_scale, i64 k0,
+                             i64 k1, i64 bits, u64* out, float* scale, float* zero, i64 threads) {
+  ChannelQuantizer quantizer{keep_rows(g, samples, inner, channels, rows, row_count, row_scale), chosen, width, bits,
+                             {u32(k0), u32(k1)}, {}};
+  if (chosen) quantizer.used = used_count(chosen, width, channels);
+  if (quantizer.kept.used < 0 || quantizer.used < 0) return BAD_INDEX;
+  std::fill(scale, scale + width, 0.0f);
+  std::fill(zero, zero + width, 0.0f);
+  const i64 words = ceil_div(row_count * inner, WORD), tiles = ceil_div(width, LANE_TILE);
+  if (quantizer.kept.positions() == 0 || quantizer.used == 0) {
+    std::fill(out, out + bits * tiles * words * LANE_TILE, 0);
+    return OK;
+  }
+  quantizer.prepare(threads, scale, zero);
+  const i64 blocks = ceil_div(width, WORD);
+  parallel_for(words, useful_threads(row_count * inner * width, threads), [&](i64 word) {
+    alignas(64) u64 planes[8][WORD];
+    for (i64 block = 0; block < blocks; ++block) {
+      const bool filled = block < i64(quantizer.blocks.size());
+      if (filled) {
+        Lanes64 lanes = quantizer.blocks[block];
+        quantizer.run(word, block, lanes, planes);
+      } else
+        std::memset(planes, 0, sizeof planes);
+      for (int p = 0; p < bits; ++p)
+        for (i64 t = block * (WORD / LANE_TILE); t < std::min(tiles, (block + 1) * (WORD / LANE_TILE)); ++t)
+          std::memcpy(out + ((p * tiles + t) * words + word) * LANE_TILE,
+                      planes[p] + t % (WORD / LANE_TILE) * LANE_TILE, LANE_TILE * sizeof(u64));
+    }
+  });
+  if (channel_scale)
+    for (i64 c = 0; c < quantizer.used; ++c) scale[c] *= channel_scale[c], zero[c] *= channel_scale[c];
+  return OK;
+}
