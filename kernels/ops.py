@@ -2,8 +2,8 @@
 
 What each computes is defined in `reference` (on values) and `reference_ops` (on packed operands); layouts in
 `packing`. Declared with ``torch.library.Library``, which costs 2 us a call against 9 for ``custom_op``.
-All are tagged ``flexible_layout``: a kernel accepts any strides and returns NHWC memory order, so that
-Inductor inserts no copies around them.
+A kernel accepts any strides and returns NHWC memory order; ``passes/layout.py`` asks Inductor for NHWC operands
+through the tag ``needs_fixed_stride_order``, so that nothing is copied.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def _weight_gradient(grad_hat: Tensor, weight: Tensor, weight_scale: Tensor, mod
 
 def _register() -> None:
     for name, schema in SCHEMAS.items():
-        tags = [torch.Tag.flexible_layout]
+        tags = [torch.Tag.needs_fixed_stride_order]
         if name == "draw_seed":
             tags.append(torch.Tag.nondeterministic_seeded)
         _LIBRARY.define(name + schema, tags=tags)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..errors import FQTWarning
 from . import noise
 from .packing import channels_last, channels_second
 
@@ -58,6 +60,17 @@ def nhwc_rows(x: Tensor) -> Tensor:
 # -- 1. binarizing (NUMERICS 1) ----------------------------------------------------------------------------
 
 
+def warn_unless_finite(mean: float) -> None:
+    """One bit cannot carry a NaN: say so where it is noticed for free, instead of letting it vanish silently."""
+    if not math.isfinite(mean):
+        warnings.warn(
+            "fqt1bit: NaN or infinite values reached a packed layer, whose bits cannot carry them; "
+            "check_finite=True names the layer",
+            FQTWarning,
+            stacklevel=2,
+        )
+
+
 def activation_threshold(x: Tensor) -> Tensor:
     """``t`` = mean of the tensor, one float32 scalar.
 
@@ -71,6 +84,7 @@ def activation_threshold(x: Tensor) -> Tensor:
     for block in lane_sum(blocks).tolist():
         total += block
     mean = total / flat.numel() if flat.numel() else 0.0
+    warn_unless_finite(mean)
     return torch.tensor(mean, dtype=torch.float64, device=x.device).to(torch.float32)
 
 

@@ -16,7 +16,7 @@ from torch import fx
 from ..config import FQTConfig
 from ..errors import PassError
 from ..kernels import ops  # noqa: F401  (declares torch.ops.fqt)
-from . import activation, backward, decide, forward, rows, save, share, sites
+from . import activation, backward, decide, forward, layout, rows, save, share, sites
 from .graph import describe
 
 FUEL_VARIABLE = "FQT_COMPILE_FUEL"
@@ -90,6 +90,10 @@ def _save(state: State) -> None:
     save.tag_saved(state.graph, state.forward.values(), state.seed)
 
 
+def _layout(state: State) -> None:
+    layout.ask_for_nhwc(state.graph)
+
+
 def _decided(state: State) -> str | None:
     silent = [s.name for s in state.sites if not s.reason]
     return f"sites without a reason: {silent}" if silent else None
@@ -123,6 +127,7 @@ REWRITES = (
     Pass("save", _save, ("packed forward",), "tags"),
     Pass("backward", _backward, ("packed forward", "row choice"), "packed backward"),
     Pass("share", _share, ("packed backward", "tags"), "shared operands", _no_float_left),
+    Pass("layout", _layout, ("shared operands",), "NHWC operands"),
 )
 
 

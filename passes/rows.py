@@ -86,7 +86,7 @@ def choose_cut(graph: fx.Graph, sites: Sequence[Site]) -> RowChoice:
         cut = dominators.immediate[cut]
     if cut is None:
         return RowChoice(None, "the gradient enters the packed layers on several separate paths")
-    sizes = {value(s.grad_output).shape[0] for s in packed if s.grad_output is not None}
+    sizes = [value(s.grad_output).shape[0] for s in packed if s.grad_output is not None]
     shape = value(cut).shape
     if len(shape) < 2 or any(size != shape[0] for size in sizes):
         return RowChoice(None, f"the gradient of shape {tuple(shape)} that all share does not have one row per sample")

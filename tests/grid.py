@@ -44,6 +44,7 @@ LAYERS = [
     Layer("3x3-on-2x2", 37, 130, 7, (2, 2), (3, 3), (1, 1), (1, 1)),
     Layer("3x3-batch-100", 100, 7, 7, (2, 2), (3, 3), (1, 1), (1, 1)),
     Layer("3x3-large", 37, 65, 130, (6, 6), (3, 3), (1, 1), (1, 1)),
+    Layer("3x3-many-positions", 3, 7, 9, (56, 56), (3, 3), (1, 1), (1, 1)),  # several pieces in grad_weight_product
     Layer("3x3-stride-2", 3, 65, 20, (7, 6), (3, 3), (2, 2), (1, 1)),
     Layer("3x3-no-padding", 1, 64, 16, (4, 5), (3, 3), (1, 1), (0, 0)),
     Layer("3x3-padding-2", 3, 20, 17, (3, 4), (3, 3), (1, 1), (2, 2)),
@@ -140,12 +141,13 @@ def _weight_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     }
 
 
-def _selection_calls(o: Operands) -> dict[str, list[Call]]:
+def _selection_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     kinds = ("norm", "range", "uniform")
     special = gradients(o.g)
-    importances = [torch.rand(n, generator=torch.Generator().manual_seed(n)) ** 4 for n in (1, 3, 37, 100)]
-    importances += [torch.zeros(9), torch.ones(16), torch.tensor([1.0, math.nan, 2.0, math.inf, 2.0, 0.0])]
-    importances.append(REFERENCE["row_importance"](o.g, "norm"))
+    importances = [REFERENCE["row_importance"](o.g, "norm")]
+    if layer == LAYERS[0]:  # the special ones depend on no layer
+        importances += [torch.rand(n, generator=torch.Generator().manual_seed(n)) ** 4 for n in (1, 3, 37, 100)]
+        importances += [torch.zeros(9), torch.ones(16), torch.tensor([1.0, math.nan, 2.0, math.inf, 2.0, 0.0])]
     prunes = ("systematic", "bernoulli", "topk", "none")
     keeps = ((1, 4), (1, 3), (9, 10), (1, 1))
     return {
@@ -203,7 +205,11 @@ def _product_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
 def calls(layer: Layer) -> dict[str, list[Call]]:
     """Operation -> argument lists."""
     o = operands(layer)
-    makers: list[dict[str, list[Call]]] = [_activation_calls(layer, o), _weight_calls(layer, o), _selection_calls(o)]
+    makers: list[dict[str, list[Call]]] = [
+        _activation_calls(layer, o),
+        _weight_calls(layer, o),
+        _selection_calls(layer, o),
+    ]
     makers += [_quantize_calls(o), _product_calls(layer, o)]
     return {name: made for maker in makers for name, made in maker.items()}
 

@@ -60,8 +60,8 @@ def test_cache_is_private_and_readable(cache: Path) -> None:
 
 
 def test_concurrent_processes_build_one_library(cache: Path) -> None:
-    processes = [subprocess.Popen([sys.executable, "-c", BUILD]) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", BUILD]) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert len(libraries(cache)) == 1
     assert not list(cache.glob(".building-*"))
 

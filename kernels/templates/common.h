@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -204,12 +205,34 @@ INLINE float bits_float(u32 bits) {
   return x;
 }
 
-// -- 64 x 64 bit transpose -----------------------------------------------------------------------------------
-// Bit i of word j becomes bit j of word i, in place.
+// -- transposes ----------------------------------------------------------------------------------------------
+
+// a and b swap the blocks of STEP lanes next to the diagonal of a square matrix held by vectors of LANE... lanes.
+template <int STEP, class V, class Mask, int... LANE>
+INLINE void exchange(V& a, V& b, std::integer_sequence<int, LANE...>) {
+  constexpr int COUNT = sizeof...(LANE);
+#if defined(__clang__)
+  V low = __builtin_shufflevector(a, b, (LANE & STEP ? COUNT + LANE - STEP : LANE)...);
+  V high = __builtin_shufflevector(a, b, (LANE & STEP ? COUNT + LANE : LANE + STEP)...);
+#else
+  V low = __builtin_shuffle(a, b, Mask{(LANE & STEP ? COUNT + LANE - STEP : LANE)...});
+  V high = __builtin_shuffle(a, b, Mask{(LANE & STEP ? COUNT + LANE : LANE + STEP)...});
+#endif
+  a = low, b = high;
+}
+
+// Transpose the COUNT x COUNT matrix held by COUNT vectors: blocks of COUNT / 2, ..., 2, 1 lanes.
+template <class V, class Mask, int COUNT, int STEP = COUNT / 2>
+INLINE void transpose_vectors(V* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; ++i)
+    if (!(i & STEP)) exchange<STEP, V, Mask>(v[i], v[i + STEP], std::make_integer_sequence<int, COUNT>());
+  if constexpr (STEP > 1) transpose_vectors<V, Mask, COUNT, STEP / 2>(v);
+}
+
+// 64 x 64 bits: bit i of word j becomes bit j of word i, in place.
 
 #if defined(__AVX512VBMI__) && defined(__GFNI__)
-typedef u64 V8 __attribute__((vector_size(64)));
-
 struct TransposeTables {
   alignas(64) u8 gather[64], spread[64];
   TransposeTables() {
@@ -219,22 +242,8 @@ struct TransposeTables {
 };
 static const TransposeTables TABLES;
 
-// Transpose the 8 x 8 matrix of words held by 8 vectors: swap blocks of 1, 2 and 4 words.
-INLINE void transpose_words(V8* v) {
-  const V8 low[3] = { {0, 8, 2, 10, 4, 12, 6, 14}, {0, 1, 8, 9, 4, 5, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11} };
-  const V8 high[3] = { {1, 9, 3, 11, 5, 13, 7, 15}, {2, 3, 10, 11, 6, 7, 14, 15}, {4, 5, 6, 7, 12, 13, 14, 15} };
-#pragma GCC unroll 3
-  for (int s = 0; s < 3; ++s)
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-      if (!(i & (1 << s))) {
-        V8 a = v[i], b = v[i + (1 << s)];
-        v[i] = __builtin_shuffle(a, b, low[s]);
-        v[i + (1 << s)] = __builtin_shuffle(a, b, high[s]);
-      }
-}
-
 INLINE void transpose64(u64* words) {
+  typedef u64 V8 __attribute__((vector_size(64)));
   const __m512i gather = _mm512_load_si512(TABLES.gather), spread = _mm512_load_si512(TABLES.spread);
   const __m512i identity = _mm512_set1_epi64(i64(0x8040201008040201u));
   V8 v[8];
@@ -244,7 +253,7 @@ INLINE void transpose64(u64* words) {
     __m512i blocks = _mm512_permutexvar_epi8(gather, _mm512_loadu_si512(words + 8 * j));
     v[j] = V8(_mm512_gf2p8affine_epi64_epi8(identity, blocks, 0));
   }
-  transpose_words(v);
+  transpose_vectors<V8, V8, 8>(v);
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j)
     _mm512_storeu_si512(words + 8 * j, _mm512_permutexvar_epi8(spread, __m512i(v[j])));

@@ -212,7 +212,7 @@ EXPORT i64 conv_product(const u64* words, i64 planes, const u64* weights, const 
   product.weights = weights;
   product.prepare(transposed, contraction, weight_sum);
   const i64 units = product.tiles * product.panels;
-  const i64 parts = useful_threads(units * product.panel_words() * planes / PANEL, threads);
+  const i64 parts = useful_threads(units * product.panel_words() * planes, threads);
   parallel_for(parts, parts, [&](i64 part) {
     const i64 begin = units * part / parts, end = units * (part + 1) / parts;
     if (sign) product.compute<true>(begin, end, out);

@@ -4,12 +4,10 @@
 // Every sum runs in NHWC order (taps outside, channels inside). A weight stored as [C_o][C_i][taps] (`by_tap`
 // false) is brought into that order one output channel at a time, in scratch memory that stays in cache.
 
-typedef std::vector<float> Scratch;
-
-// The values of one output channel in NHWC order.
-INLINE const float* nhwc_channel(const float* from, i64 channels, i64 taps, bool by_tap, Scratch& scratch) {
+// The values of one output channel in NHWC order, in `scratch` unless they already are.
+static const float* nhwc_channel(const float* from, i64 channels, i64 taps, bool by_tap, Buffer& scratch) {
   if (by_tap) return from;
-  float* to = scratch.data();
+  float* to = scratch.get<float>(channels * taps);
   for (i64 t = 0; t < taps; ++t)
     for (i64 c = 0; c < channels; ++c) to[t * channels + c] = from[c * taps + t];
   return to;
@@ -36,7 +34,7 @@ EXPORT i64 quantize_weight(const float* weight, i64 out_channels, i64 channels, 
                            u64* panels, float* scale, i64 threads) {
   const i64 size = channels * taps, panel_words = taps * ceil_div(channels, WORD) * PANEL;
   parallel_for(ceil_div(out_channels, PANEL), useful_threads(out_channels * size, threads), [&](i64 j) {
-    Scratch scratch(by_tap ? 0 : size);
+    static thread_local Buffer scratch;
     const i64 first = j * PANEL, last = std::min(out_channels, first + PANEL);
     if (last < first + PANEL) std::fill(panels + j * panel_words, panels + (j + 1) * panel_words, 0);
     for (i64 c = first; c < last; ++c) {
@@ -87,13 +85,18 @@ EXPORT i64 unpack_weight(const u64* panels, const float* scale, i64 out_channels
   return OK;
 }
 
+// g sign(w), without a branch
+INLINE float times_sign(float g, float w) { return bits_float(float_bits(g) ^ (w < 0 ? float_bits(-0.0f) : 0)); }
+
 // alpha [|W| <= 1] grad_hat, plus sign(W) mean(grad_hat sign(W)) for xnor, of n values
-INLINE void channel_gradient(const float* grad_hat, const float* w, i64 n, float scale, bool xnor, float* grad) {
+template <bool XNOR>
+static void channel_gradient(const float* grad_hat, const float* w, i64 n, float scale, float* grad) {
   float mean = 0;
-  if (xnor) mean = lane_sum(n, [&](i64 i) { return w[i] < 0 ? -grad_hat[i] : grad_hat[i]; }) / float(n);
+  if (XNOR) mean = lane_sum(n, [&](i64 i) { return times_sign(grad_hat[i], w[i]); }) / float(n);
   for (i64 i = 0; i < n; ++i) {
-    const float inside = std::fabs(w[i]) <= 1 ? scale * grad_hat[i] : 0.0f;
-    grad[i] = xnor ? inside + (w[i] < 0 ? -mean : mean) : inside;
+    const u32 inside = std::fabs(w[i]) <= 1 ? ~u32(0) : 0;
+    const float passed = bits_float(float_bits(scale * grad_hat[i]) & inside);
+    grad[i] = XNOR ? passed + times_sign(mean, w[i]) : passed;
   }
 }
 
@@ -102,13 +105,14 @@ EXPORT i64 weight_gradient(const float* grad_hat, const float* weight, const flo
                            i64 channels, i64 taps, i64 by_tap, i64 xnor, float* grad, i64 threads) {
   const i64 size = channels * taps;
   parallel_for(out_channels, useful_threads(out_channels * size, threads), [&](i64 o) {
-    Scratch scratch(by_tap ? 0 : size), result(by_tap ? 0 : size);
+    static thread_local Buffer scratch, result;
     const float* w = nhwc_channel(weight + o * size, channels, taps, by_tap, scratch);
-    float* to = by_tap ? grad + o * size : result.data();
-    channel_gradient(grad_hat + o * size, w, size, scale[o], xnor, to);
+    float* to = by_tap ? grad + o * size : result.get<float>(size);
+    if (xnor) channel_gradient<true>(grad_hat + o * size, w, size, scale[o], to);
+    else channel_gradient<false>(grad_hat + o * size, w, size, scale[o], to);
     if (by_tap) return;
     for (i64 c = 0; c < channels; ++c)
-      for (i64 t = 0; t < taps; ++t) grad[o * size + c * taps + t] = result[t * channels + c];
+      for (i64 t = 0; t < taps; ++t) grad[o * size + c * taps + t] = to[t * channels + c];
   });
   return OK;
 }
