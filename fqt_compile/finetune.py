@@ -86,7 +86,7 @@ class FinetuneSettings:
     epochs: int = 3
     batch: int = 64
     qat_lr: float = 1e-3
-    lr: float = 1e-3
+    lr: float = 3e-4
     head_lr: float = 1e-3
     weight_decay: float = 1e-5
     seed: int = 0
