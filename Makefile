@@ -18,7 +18,7 @@ demo: setup
 	$(BIN)/fqt1bit finetune --out runs/demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
