@@ -31,6 +31,8 @@ class Report:
     "float32" for the model as it is, "packed" for the rewritten one.
     kernels: source of every native kernel template, rendered for this machine, by name.
     row_choice: where AGP chooses its rows, and why.
+    unseen: convolution and linear modules that no captured call uses: not run with these inputs, or hidden from
+    the matcher.
     """
 
     config: FQTConfig
@@ -38,6 +40,7 @@ class Report:
     stages: dict[str, str]
     saved_bytes: dict[str, int]
     row_choice: list[str]
+    unseen: list[str]
 
     @functools.cached_property
     def kernels(self) -> dict[str, str]:
@@ -99,6 +102,7 @@ class Report:
                 f"saved for backward: {before:,} bytes float -> {after:,} bytes packed{ratio}",
                 f"gradients: {self.config.gradient_bits} bits, kept fraction {self.config.kept_fraction}",
                 *(f"rows: {reason}" for reason in self.row_choice),
+                *(f"module without a call: {name}" for name in self.unseen),
             ]
         )
 
@@ -121,13 +125,21 @@ def explain(
     settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
     plain = capture(model, args, kwargs or {}, settings)
     packed = capture(model, args, kwargs or {}, settings, rewrite=True)
+    sites = [site for graph in packed for site in graph.sites]
     return Report(
         config=settings,
-        sites=[site for graph in packed for site in graph.sites],
+        sites=sites,
         stages=_stages(packed),
         saved_bytes={"float32": _saved(plain), "packed": _saved(packed)},
         row_choice=list(dict.fromkeys(graph.row_choice for graph in packed)),
+        unseen=_unseen(model, sites),
     )
+
+
+def _unseen(model: nn.Module, sites: list[SiteReport]) -> list[str]:
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    seen = {site.name.split("#")[0] for site in sites}
+    return [name for name, module in model.named_modules() if isinstance(module, layers) and name and name not in seen]
 
 
 def _saved(graphs: list[CapturedGraph]) -> int:

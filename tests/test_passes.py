@@ -283,7 +283,11 @@ def test_fuel_bisects(monkeypatch):
 
 
 def test_report(tmp_path):
-    report = explain(SmallNet(), small_batch()[0])
+    model = SmallNet()
+    model.spare = nn.Linear(64, 64)
+    report = explain(model, small_batch()[0])
+    assert report.unseen == ["spare"]
+    assert "module without a call: spare" in str(report)
     assert [site.name for site in report.packed] == ["conv1", "conv2", "fc1"]
     assert list(report.stages) == ["captured", *(step.name for step in pipeline.PIPELINE)]
     assert 0 < report.saved_bytes["packed"] < report.saved_bytes["float32"]
