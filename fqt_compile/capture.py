@@ -134,10 +134,8 @@ class _Unexecuted(fx.Interpreter):
         fake = item.meta.get("val") if isinstance(item, fx.Node) else item
         if not isinstance(fake, torch.Tensor):
             return fake
-        sizes = [int(s) for s in fake.shape]
-        return torch.zeros(sizes, dtype=fake.dtype, device=fake.device).as_strided(
-            sizes, [int(s) for s in fake.stride()]
-        )
+        sizes, strides = [int(s) for s in fake.shape], [int(s) for s in fake.stride()]
+        return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device).zero_()
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
