@@ -20,8 +20,9 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import platformdirs
@@ -32,6 +33,7 @@ from .isa import ISAS, current_isa
 
 CACHE_ENVIRONMENT = "FQT_COMPILE_CACHE"
 TEMPLATES = Path(__file__).parent / "templates"
+PROGRAM_TEMPLATE = "fused_activation"
 COMPILERS = ("c++", "g++", "clang++")
 OPENMP = "-fopenmp"
 # IEEE float32 as written: no contraction to fused multiply-add, no -ffast-math. The two -fno- flags only promise
@@ -60,11 +62,14 @@ PARAMETERS = {
     "geometry": GEOMETRY,
 }
 
-_libraries: dict[tuple[str, str], ctypes.CDLL] = {}
+Parameters = tuple[tuple[str, Any], ...]
+"""What a template is rendered with besides `PARAMETERS`; hashable, so that it can name a library."""
+
+_libraries: dict[tuple[str, str, Parameters], ctypes.CDLL] = {}
 _lock = threading.Lock()
 
 
-def render(template: str) -> str:
+def render(template: str, parameters: Parameters = ()) -> str:
     """The C++ source of a template; self-contained."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -74,12 +79,14 @@ def render(template: str) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    return environment.get_template(f"{template}.cpp").render(PARAMETERS)
+    return environment.get_template(f"{template}.cpp").render(PARAMETERS | dict(parameters))
 
 
-def rendered_sources() -> dict[str, str]:
-    """Every kernel source by template name."""
-    return {path.stem: render(path.stem) for path in sorted(TEMPLATES.glob("*.cpp"))}
+def rendered_sources(programs: Iterable[Parameters] = ()) -> dict[str, str]:
+    """Every kernel source by template name; those of pointwise programs are rendered for ``programs``."""
+    paths = [path for path in sorted(TEMPLATES.glob("*.cpp")) if path.stem != PROGRAM_TEMPLATE]
+    sources = {path.stem: render(path.stem) for path in paths}
+    return sources | {f"{PROGRAM_TEMPLATE}-{i}": render(PROGRAM_TEMPLATE, p) for i, p in enumerate(programs, 1)}
 
 
 def find_compiler() -> list[str]:
@@ -183,9 +190,9 @@ def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, output: 
     )
 
 
-def build(template: str, isa: str) -> Path:
+def build(template: str, isa: str, parameters: Parameters = ()) -> Path:
     """The path of a template's library for one instruction set, compiled unless an intact one is cached."""
-    compiler, source, directory = find_compiler(), render(template), cache_directory()
+    compiler, source, directory = find_compiler(), render(template, parameters), cache_directory()
     flags = (*FLAGS, OPENMP, *ISAS[isa].compile_flags)
     library = directory / f"{template}-{isa}-{_key(source, flags, compiler)}.so"
     if _intact(library):
@@ -204,19 +211,19 @@ def build(template: str, isa: str) -> Path:
     return library
 
 
-def library(template: str) -> ctypes.CDLL:
+def library(template: str, parameters: Parameters = ()) -> ctypes.CDLL:
     """The loaded library of a template for the current instruction set."""
     isa = current_isa()
-    loaded = _libraries.get((template, isa))
+    loaded = _libraries.get((template, isa, parameters))
     if loaded is not None:
         return loaded
     with _lock:
-        if (template, isa) not in _libraries:
-            path = build(template, isa)
+        if (template, isa, parameters) not in _libraries:
+            path = build(template, isa, parameters)
             try:
-                _libraries[template, isa] = ctypes.CDLL(str(path))
+                _libraries[template, isa, parameters] = ctypes.CDLL(str(path))
             except OSError as error:
                 raise KernelBuildError(
                     f"{path}: cannot be loaded ({error}); remedy: delete it and try again"
                 ) from error
-        return _libraries[template, isa]
+        return _libraries[template, isa, parameters]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import cpu_backward, cpu_forward, reference_ops
+from . import cpu_backward, cpu_float, cpu_forward, reference_ops
 from .isa import force_isa, supported_isas
 
 __all__ = ["OPERATIONS", "force_isa", "supported_isas"]
@@ -22,6 +22,11 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     cpu_forward.pack_activation,
     cpu_forward.unpack_activation,
     cpu_forward.apply_mask,
+    cpu_float.fused_activation,
+    cpu_float.pack_bool,
+    cpu_float.unpack_bool,
+    cpu_float.channel_moments,
+    cpu_float.max_pool_gradient,
     cpu_forward.quantize_weight,
     cpu_forward.transpose_weight,
     cpu_forward.unpack_weight,
@@ -31,6 +36,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     cpu_backward.channel_importance,
     cpu_backward.select,
     cpu_backward.prune_rows,
+    cpu_backward.keep_rows,
+    cpu_backward.gather_words,
     cpu_backward.gather_rows,
     cpu_backward.scatter_rows,
     cpu_backward.quantize_rows,
@@ -38,6 +45,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     cpu_backward.quantize_channels,
     cpu_backward.grad_input_product,
     cpu_backward.grad_weight_product,
+    cpu_backward.grad_weight,
     cpu_backward.dequantize_grad_input,
     cpu_backward.dequantize_grad_weight,
 )

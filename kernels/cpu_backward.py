@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedInputError
 from . import native, noise, packing, reference, selection
-from .cpu_forward import CODES
+from .cpu_forward import CODES, in_weight_order
 from .native import call, choice, empty_nhwc, indices, inner_size, nhwc, vector
 from .packing import LANE_TILE, WORD, ceil_div
 
@@ -67,6 +67,21 @@ def prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
     return pruned
 
 
+def keep_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    kept = native.nhwc_memory(g).index_select(0, rows.clamp(min=0))
+    factor = (row_scale * (rows >= 0)).view(-1, *[1] * (g.dim() - 1))
+    if bool((rows < 0).any()):
+        kept[rows < 0] = 0  # 0 * inf is not 0
+    return packing.channels_second((kept * factor).to(g.dtype))
+
+
+def gather_words(words: Tensor, rows: Tensor) -> Tensor:
+    gathered = words.index_select(0, rows.clamp(min=0))
+    if bool((rows < 0).any()):
+        gathered[rows < 0] = 0
+    return gathered
+
+
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     gathered = native.nhwc_memory(x).index_select(0, rows.clamp(min=0))
     gathered[rows < 0] = 0
@@ -91,6 +106,7 @@ def quantize_rows(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_rows", bits)
     samples, inner, channels = _sizes(g)
@@ -99,7 +115,8 @@ def quantize_rows(
     scale, zero = (g.new_empty(count, dtype=torch.float32) for _ in range(2))
     kept = (vector(weight_scale), indices(rows), count, vector(row_scale))
     keys = _keys(seed, stream)
-    call("quantize", "quantize_rows", nhwc(g), samples, inner, channels, *kept, *keys, bits, planes, scale, zero)
+    sizes = (samples, inner, channels, compact)
+    call("quantize", "quantize_rows", nhwc(g), *sizes, *kept, *keys, bits, planes, scale, zero)
     return planes, scale, zero
 
 
@@ -112,6 +129,7 @@ def quantize_channels(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_channels", bits)
     count, width = rows.shape[0], g.shape[1] if channels is None else channels.shape[0]
@@ -121,7 +139,8 @@ def quantize_channels(
     kept = (indices(rows), count, vector(row_scale))
     chosen = (None if channels is None else indices(channels), width, vector(channel_scale))
     keys = _keys(seed, stream)
-    call("quantize", "quantize_channels", nhwc(g), *_sizes(g), *kept, *chosen, *keys, bits, lanes, scale, zero)
+    sizes = (*_sizes(g), compact)
+    call("quantize", "quantize_channels", nhwc(g), *sizes, *kept, *chosen, *keys, bits, lanes, scale, zero)
     return lanes, scale, zero
 
 
@@ -167,7 +186,7 @@ def grad_input_product(
         stride=stride,
         padding=padding,
     )
-    call("conv_product", "conv_product", codes, bits, w, shape, True, False, out_channels, acc, weight_sum)
+    call("conv_product", "conv_product", codes, bits, w, shape, True, False, out_channels, False, acc, weight_sum)
     return acc, weight_sum
 
 
@@ -205,6 +224,44 @@ def grad_weight_product(
     return acc, code_sum
 
 
+def grad_weight(
+    lanes: Tensor,
+    x_bits: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    mode: str,
+    code: str,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    out_channels, in_channels, *kernel = weight.shape
+    x = native.words("x_bits", x_bits, in_channels)
+    g = _require_lanes(lanes, out_channels, rows.shape[0] * math.prod(output_size))
+    native.require_int32("grad_weight", 2 ** g.shape[0] - 1, rows.shape[0] * math.prod(output_size))
+    shape = native.geometry(
+        batch=x.shape[0],
+        words=x.shape[-1],
+        in_channels=in_channels,
+        out_channels=out_channels,
+        input_size=x.shape[1:-1],
+        output_size=output_size,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+    )
+    product = (g, g.shape[0], x, indices(rows), rows.shape[0], shape, choice("code", code, CODES))
+    factors, alpha = (vector(scale), vector(zero_point)), vector(weight_scale)
+
+    def fill(w: Tensor, by_tap: bool, xnor: int, result: Tensor) -> None:
+        call("grad_weight_product", "grad_weight", *product, *factors, w, alpha, by_tap, xnor, result)
+
+    return in_weight_order(weight, mode, fill)
+
+
 def _require_lanes(lanes: Tensor, channels: int, positions: int) -> Tensor:
     """Contiguous lanes of ``channels`` channels and ``positions`` positions; raises unless they fit."""
     expected = (ceil_div(channels, LANE_TILE), ceil_div(positions, WORD), LANE_TILE)
@@ -221,15 +278,21 @@ def _require_lanes(lanes: Tensor, channels: int, positions: int) -> Tensor:
 
 
 def dequantize_grad_input(
-    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+    acc: Tensor,
+    weight_sum: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    compact: bool = False,
 ) -> Tensor:
     samples, channels = mask.shape[0], acc.shape[1]
     keep = native.words("mask", mask, channels, [samples, *acc.shape[2:]])
-    out = empty_nhwc(scale, [samples, *acc.shape[1:]], torch.float32)
+    out = empty_nhwc(scale, [acc.shape[0] if compact else samples, *acc.shape[1:]], torch.float32)
     integers = (native.nhwc_memory(acc), native.nhwc_memory(weight_sum))
     kept = (vector(scale), vector(zero_point), indices(rows), rows.shape[0])
     sizes = (samples, inner_size(acc), channels)
-    call("dequantize", "dequantize_grad_input", *integers, *kept, keep, *sizes, out)
+    call("dequantize", "dequantize_grad_input", *integers, *kept, keep, *sizes, compact, out)
     return out
 
 

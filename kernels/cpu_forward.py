@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,13 +90,23 @@ def unpack_weight(w_bits: Tensor, weight_scale: Tensor, in_channels: int) -> Ten
 
 
 def weight_gradient(grad_hat: Tensor, weight: Tensor, weight_scale: Tensor, mode: str) -> Tensor:
+    sizes = (weight.shape[0], weight.shape[1], inner_size(weight))
+    values, scale = nhwc(grad_hat), native.vector(weight_scale)
+
+    def fill(w: Tensor, by_tap: bool, xnor: int, result: Tensor) -> None:
+        call("weight", "weight_gradient", values, w, scale, *sizes, by_tap, xnor, result)
+
+    return in_weight_order(weight, mode, fill)
+
+
+def in_weight_order(weight: Tensor, mode: str, fill: Callable[[Tensor, bool, int, Tensor], None]) -> Tensor:
+    """A gradient with the strides of ``weight``; ``fill`` gets the weight's memory, whether it is NHWC, the mode, and
+    where to write in that order."""
     grad = torch.empty_like(weight, dtype=torch.float32)
     w, by_tap = _stored(weight)
     in_order = (packing.channels_last(grad) if by_tap else grad).is_contiguous()
     result = grad if in_order else empty_nhwc(grad, grad.shape, torch.float32)
-    sizes = (weight.shape[0], weight.shape[1], inner_size(weight))
-    scale, xnor = native.vector(weight_scale), choice("mode", mode, MODES)
-    call("weight", "weight_gradient", nhwc(grad_hat), w, scale, *sizes, by_tap, xnor, result)
+    fill(w, by_tap, choice("mode", mode, MODES), result)
     return grad if in_order else grad.copy_(result)
 
 
@@ -108,6 +118,7 @@ def output_product(
     code: str,
     stride: Sequence[int],
     padding: Sequence[int],
+    narrow: bool = False,
 ) -> Tensor:
     x = native.words("x_bits", x_bits, in_channels)
     w = native.panels("w_bits", w_bits, out_channels, in_channels)
@@ -115,7 +126,8 @@ def output_product(
     _, *kernel, _, _ = w.shape
     native.require_int32("output_product", 1, in_channels * _taps(w))
     size = output_size(spatial, kernel, stride, padding)
-    acc = empty_nhwc(x, [n, out_channels, *map(int, size)], torch.int32)
+    dtype = packing.output_dtype(in_channels * _taps(w), narrow)
+    acc = empty_nhwc(x, [n, out_channels, *map(int, size)], dtype)
     shape = native.geometry(
         batch=n,
         words=x.shape[-1],
@@ -127,5 +139,5 @@ def output_product(
         padding=padding,
     )
     sign = choice("code", code, CODES)
-    call("conv_product", "conv_product", x, 1, w, shape, False, sign, in_channels, acc, None)
+    call("conv_product", "conv_product", x, 1, w, shape, False, sign, in_channels, narrow, acc, None)
     return acc

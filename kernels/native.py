@@ -24,9 +24,14 @@ MAX_BITS = 8
 _OK = 0
 
 
-def call(template: str, function: str, *args: Tensor | int | ctypes.Array[ctypes.c_int64] | None) -> None:
+def call(
+    template: str,
+    function: str,
+    *args: Tensor | int | ctypes.Array[ctypes.c_int64] | None,
+    parameters: codegen.Parameters = (),
+) -> None:
     """Run one exported function of a template's library on all of torch's threads."""
-    entry = getattr(codegen.library(template), function)
+    entry = getattr(codegen.library(template, parameters), function)
     status = entry(*(_argument(a) for a in args), ctypes.c_int64(torch.get_num_threads()))
     if status != _OK:
         raise UnsupportedInputError(

@@ -8,6 +8,7 @@ through the tag ``needs_fixed_stride_order``, so that nothing is copied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import packing, selection
+from . import packing, program, selection
 from .packing import LANE_TILE, PANEL, WORD, ceil_div
 
 NAMESPACE = "fqt"
@@ -26,31 +27,41 @@ SCHEMAS = {
     "check_finite": "(Tensor x, str where) -> Tensor",
     "activation_threshold": "(Tensor x) -> Tensor",
     "pack_activation": "(Tensor x, Tensor? threshold, Tensor? after=None) -> (Tensor, Tensor)",
+    "fused_activation": "(Tensor[] operands, str text, str code, int[] window, bool keep_values, bool keep_below, "
+    "Tensor? after=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "unpack_activation": "(Tensor x_bits, int channels, str code) -> Tensor",
     "apply_mask": "(Tensor g, Tensor mask) -> Tensor",
+    "pack_bool": "(Tensor mask) -> Tensor",
+    "unpack_bool": "(Tensor words, int channels) -> Tensor",
+    "channel_moments": "(Tensor acc, Tensor weight_scale, Tensor? bias, int largest) -> (Tensor, Tensor)",
+    "max_pool_gradient": "(Tensor g, Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor",
     "quantize_weight": "(Tensor weight, str mode) -> (Tensor, Tensor)",
     "transpose_weight": "(Tensor w_bits, int in_channels, int out_channels) -> Tensor",
     "unpack_weight": "(Tensor w_bits, Tensor weight_scale, int in_channels) -> Tensor",
     "output_product": "(Tensor x_bits, Tensor w_bits, int in_channels, int out_channels, str code, "
-    "int[] stride, int[] padding) -> Tensor",
+    "int[] stride, int[] padding, bool narrow=False) -> Tensor",
     "row_importance": "(Tensor g, str kind) -> Tensor",
     "channel_importance": "(Tensor g, Tensor rows, Tensor? row_scale, str kind) -> Tensor",
     "select": "(Tensor importance, Tensor seed, int stream, str prune, int keep_num, int keep_den) -> (Tensor, Tensor)",
     "prune_rows": "(Tensor g, Tensor rows, Tensor row_scale) -> Tensor",
+    "keep_rows": "(Tensor g, Tensor rows, Tensor row_scale) -> Tensor",
+    "gather_words": "(Tensor words, Tensor rows) -> Tensor",
     "gather_rows": "(Tensor x, Tensor rows) -> Tensor",
     "scatter_rows": "(Tensor kept, Tensor rows, SymInt size) -> Tensor",
     "quantize_rows": "(Tensor g, Tensor? weight_scale, Tensor rows, Tensor? row_scale, Tensor seed, int stream, "
-    "int bits) -> (Tensor, Tensor, Tensor)",
+    "int bits, bool compact=False) -> (Tensor, Tensor, Tensor)",
     "dequantize_rows": "(Tensor planes, Tensor scale, Tensor zero_point, Tensor rows, int channels, SymInt size) "
     "-> Tensor",
     "quantize_channels": "(Tensor g, Tensor rows, Tensor? row_scale, Tensor? channels, Tensor? channel_scale, "
-    "Tensor seed, int stream, int bits) -> (Tensor, Tensor, Tensor)",
+    "Tensor seed, int stream, int bits, bool compact=False) -> (Tensor, Tensor, Tensor)",
     "grad_input_product": "(Tensor planes, Tensor w_bits_t, int in_channels, int out_channels, "
     "SymInt[] input_size, int[] stride, int[] padding) -> (Tensor, Tensor)",
     "dequantize_grad_input": "(Tensor acc, Tensor weight_sum, Tensor scale, Tensor zero_point, Tensor rows, "
-    "Tensor mask) -> Tensor",
+    "Tensor mask, bool compact=False) -> Tensor",
     "grad_weight_product": "(Tensor lanes, Tensor x_bits, Tensor rows, int in_channels, int out_channels, str code, "
     "SymInt[] output_size, int[] kernel, int[] stride, int[] padding) -> (Tensor, Tensor)",
+    "grad_weight": "(Tensor lanes, Tensor x_bits, Tensor rows, Tensor scale, Tensor zero_point, Tensor weight, "
+    "Tensor weight_scale, str mode, str code, SymInt[] output_size, int[] stride, int[] padding) -> Tensor",
     "dequantize_grad_weight": "(Tensor acc, Tensor code_sum, Tensor scale, Tensor zero_point, Tensor? channels, "
     "int out_channels) -> Tensor",
     "weight_gradient": "(Tensor grad_hat, Tensor weight, Tensor weight_scale, str mode) -> Tensor",
@@ -101,6 +112,27 @@ def _pack_activation(x: Tensor, threshold: Tensor | None, after: Tensor | None =
 
 
 @_fake
+def _fused_activation(
+    operands: Sequence[Tensor],
+    text: str,
+    code: str,
+    window: Sequence[int],
+    keep_values: bool,
+    keep_below: bool,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    full = operands[program.parse(text).operands.index(program.FULL)]
+    n, c, *size = full.shape
+    spatial: list[Size] = output_size(size, window[:2], window[2:4], window[4:6]) if window else [*size]
+    bits, mask = (full.new_empty([n, *spatial, ceil_div(c, WORD)], dtype=torch.int64) for _ in range(2))
+    values = (
+        empty_nhwc(full, [n, c, *spatial], torch.float32) if keep_values else full.new_empty(0, dtype=torch.float32)
+    )
+    below = torch.empty_like(bits) if keep_below else full.new_empty(0, dtype=torch.int64)
+    return bits, mask, values, below
+
+
+@_fake
 def _unpack_activation(x_bits: Tensor, channels: int, code: str) -> Tensor:
     n, *spatial, _ = x_bits.shape
     return empty_nhwc(x_bits, [n, channels, *spatial], torch.float32)
@@ -109,6 +141,31 @@ def _unpack_activation(x_bits: Tensor, channels: int, code: str) -> Tensor:
 @_fake
 def _apply_mask(g: Tensor, mask: Tensor) -> Tensor:
     return empty_nhwc(g, g.shape, g.dtype)
+
+
+@_fake
+def _pack_bool(mask: Tensor) -> Tensor:
+    n, c, *spatial = mask.shape
+    return mask.new_empty([n, *spatial, ceil_div(c, WORD)], dtype=torch.int64)
+
+
+@_fake
+def _unpack_bool(words: Tensor, channels: int) -> Tensor:
+    n, *spatial, _ = words.shape
+    return empty_nhwc(words, [n, channels, *spatial], torch.bool)
+
+
+@_fake
+def _channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, largest: int) -> tuple[Tensor, Tensor]:
+    shape = [1, acc.shape[1], *[1] * (acc.dim() - 2)]
+    return weight_scale.new_empty(shape), weight_scale.new_empty(shape)
+
+
+@_fake
+def _max_pool_gradient(
+    g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    return empty_nhwc(g, x.shape, g.dtype)
 
 
 @_fake
@@ -139,10 +196,12 @@ def _output_product(
     code: str,
     stride: Sequence[int],
     padding: Sequence[int],
+    narrow: bool = False,
 ) -> Tensor:
     n, *spatial, _ = x_bits.shape
     _, *kernel, _, _ = w_bits.shape
-    return empty_nhwc(x_bits, [n, out_channels, *output_size(spatial, kernel, stride, padding)], torch.int32)
+    dtype = packing.output_dtype(in_channels * math.prod(kernel), narrow)
+    return empty_nhwc(x_bits, [n, out_channels, *output_size(spatial, kernel, stride, padding)], dtype)
 
 
 @_fake
@@ -169,6 +228,16 @@ def _prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
 
 
 @_fake
+def _keep_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    return empty_nhwc(g, [rows.shape[0], *g.shape[1:]], g.dtype)
+
+
+@_fake
+def _gather_words(words: Tensor, rows: Tensor) -> Tensor:
+    return words.new_empty([rows.shape[0], *words.shape[1:]])
+
+
+@_fake
 def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     return empty_nhwc(x, [rows.shape[0], *x.shape[1:]], x.dtype)
 
@@ -187,6 +256,7 @@ def _quantize_rows(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, c, *spatial = g.shape
     k = rows.shape[0]
@@ -211,6 +281,7 @@ def _quantize_channels(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     c = g.shape[1] if channels is None else channels.shape[0]
     positions = rows.shape[0]
@@ -236,9 +307,16 @@ def _grad_input_product(
 
 @_fake
 def _dequantize_grad_input(
-    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+    acc: Tensor,
+    weight_sum: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    compact: bool = False,
 ) -> Tensor:
-    return empty_nhwc(scale, [mask.shape[0], *acc.shape[1:]], torch.float32)
+    rows_out = acc.shape[0] if compact else mask.shape[0]
+    return empty_nhwc(scale, [rows_out, *acc.shape[1:]], torch.float32)
 
 
 @_fake
@@ -256,6 +334,24 @@ def _grad_weight_product(
 ) -> tuple[Tensor, Tensor]:
     acc = empty_nhwc(lanes, [out_channels, in_channels, *kernel], torch.int32)
     return acc, empty_nhwc(lanes, [1, in_channels, *kernel], torch.int32)
+
+
+@_fake
+def _grad_weight(
+    lanes: Tensor,
+    x_bits: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    mode: str,
+    code: str,
+    output_size: Sequence[Size],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.float32)
 
 
 @_fake

@@ -37,6 +37,17 @@ from ..errors import UnsupportedInputError
 WORD = 64
 PANEL = 16
 LANE_TILE = 8
+INT16_LIMIT = 2**15 - 1
+
+
+def output_dtype(products: int, narrow: bool) -> torch.dtype:
+    """dtype of an output product of ``products`` terms +-1: int32, or int16 (``narrow``), half the memory traffic.
+
+    Raises `UnsupportedInputError` where int16 cannot hold every sum.
+    """
+    if narrow and products > INT16_LIMIT:
+        raise UnsupportedInputError(f"narrow output: got {products} products; accepted: at most {INT16_LIMIT}")
+    return torch.int16 if narrow else torch.int32
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -123,6 +123,36 @@ def weight_scale(weight: Tensor, mode: str) -> Tensor:
     return lane_sum(rows.abs()) / rows.shape[1]
 
 
+def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Variance and mean over all axes but C of ``y = alpha acc + bias``, float32 ``[1, C, 1, ...]``; for BatchNorm.
+
+    From the exact integers S1 = sum acc and S2 = sum acc**2 over M elements, in float64:
+    ``mean = alpha (S1 / M) + bias``, ``var = alpha**2 max(0, S2 / M - (S1 / M)**2)``, rounded once at the end.
+    """
+    values = acc.to(torch.int64).transpose(0, 1).flatten(1)
+    size = float(values.shape[1])
+    first, second = values.sum(1).to(torch.float64) / size, (values * values).sum(1).to(torch.float64) / size
+    alpha = weight_scale.to(torch.float64)
+    mean = alpha * first
+    mean = mean if bias is None else mean + bias.to(torch.float64)
+    var = alpha * alpha * (second - first * first).clamp(min=0)
+    shape = [1, -1, *[1] * (acc.dim() - 2)]
+    return var.to(torch.float32).view(shape), mean.to(torch.float32).view(shape)
+
+
+def max_pool_gradient(
+    g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Gradient of a 2-D max-pool of ``x [N, C, H, W]``: g ``[N, C, H', W']`` goes to the first maximum of its window.
+
+    First in row-major order; a NaN counts as larger than everything before it. Overlapping windows add up in
+    row-major order of the windows, starting from zero.
+    """
+    args = (list(kernel), list(stride), list(padding), [1, 1], False)
+    _, index = torch.ops.aten.max_pool2d_with_indices(x.contiguous(), *args)
+    return torch.ops.aten.max_pool2d_with_indices_backward(g.contiguous(), x.contiguous(), *args, index)
+
+
 # -- 2. products: exact integers ---------------------------------------------------------------------------
 
 
@@ -250,14 +280,16 @@ def quantize_rows(
     row_scale: Tensor | None,
     keys: tuple[int, int],
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PSQ: one group per kept row of ``alpha * g`` (paper, per-sample quantizer). For grad_input.
 
     g ``[N, C, *S]``, rows int32 ``[K]`` (-1: unused). Returns codes int64 ``[K, C, *S]``, scale and zero_point
     float32 ``[K]``. 1/p_i is folded into both (quantizing commutes with a positive factor).
+    compact: g holds the kept rows only, ``[K, C, *S]``; the noise is that of their places in the whole gradient.
     """
     valid = rows[rows >= 0].to(torch.int64)
-    kept = as_float32(g)[valid]
+    kept = kept_rows(as_float32(g), rows, compact)
     if weight_scale is not None:
         kept = kept * weight_scale.view(1, -1, *[1] * (g.dim() - 2))
     codes = torch.zeros(rows.shape[0], *g.shape[1:], dtype=torch.int64, device=g.device)
@@ -272,13 +304,18 @@ def quantize_rows(
     return codes, scale, zero
 
 
-def kept_gradient(g: Tensor, rows: Tensor, row_scale: Tensor | None) -> Tensor:
-    """``g[n] / p_n`` of the valid rows, float32 ``[K_valid, C, *S]``."""
+def kept_rows(g: Tensor, rows: Tensor, compact: bool) -> Tensor:
+    """The valid rows of ``g``, ``[K_valid, C, *S]``; those it starts with where it holds no others (``compact``)."""
     valid = rows[rows >= 0].to(torch.int64)
-    kept = as_float32(g)[valid]
+    return g[: valid.shape[0]] if compact else g[valid]
+
+
+def kept_gradient(g: Tensor, rows: Tensor, row_scale: Tensor | None, compact: bool = False) -> Tensor:
+    """``g[n] / p_n`` of the valid rows, float32 ``[K_valid, C, *S]``."""
+    kept = kept_rows(as_float32(g), rows, compact)
     if row_scale is None:
         return kept
-    return kept * row_scale[: valid.shape[0]].view(-1, *[1] * (g.dim() - 1))
+    return kept * row_scale[: kept.shape[0]].view(-1, *[1] * (g.dim() - 1))
 
 
 def quantize_channels(
@@ -289,13 +326,15 @@ def quantize_channels(
     channel_scale: Tensor | None,
     keys: tuple[int, int],
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PCQ: one group per output channel over the kept rows of ``g / p`` (paper, per-channel quantizer).
 
     channels int32 ``[C']`` (-1: unused) restricts to kept channels, whose 1/p_c is folded into scale and
     zero_point. Returns codes int64 ``[K, C', *S]``, scale and zero_point float32 ``[C']``. For grad_weight.
+    ``compact`` as in `quantize_rows`.
     """
-    kept = kept_gradient(g, rows, row_scale)
+    kept = kept_gradient(g, rows, row_scale, compact)
     index = _element_index(g, rows[rows >= 0])
     count, width = kept.shape[0], g.shape[1] if channels is None else channels.shape[0]
     codes = torch.zeros(rows.shape[0], width, *g.shape[2:], dtype=torch.int64, device=g.device)
@@ -332,11 +371,23 @@ def dequantize_output(acc: Tensor, weight_scale: Tensor, bias: Tensor | None) ->
 
 
 def dequantize_grad_input(
-    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+    acc: Tensor,
+    weight_sum: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    compact: bool = False,
 ) -> Tensor:
-    """``STE_mask (s_n float(acc) + z_n float(weight_sum))``, float32 ``[N, C_i, *S]``; 0 for rows not kept."""
+    """``STE_mask (s_n float(acc) + z_n float(weight_sum))``, float32 ``[N, C_i, *S]``; 0 for rows not kept.
+
+    compact: only the kept rows are returned, ``[K, C_i, *S]``, in the order of ``rows``.
+    """
     values = per_row(scale, acc) * acc.to(torch.float32) + per_row(zero_point, acc) * weight_sum.to(torch.float32)
     count = int((rows >= 0).sum())
+    if compact:
+        values[count:] = 0
+        return torch.where(mask[rows.long().clamp(min=0)], values, torch.zeros_like(values))
     grad = torch.zeros(mask.shape, dtype=torch.float32, device=acc.device)
     grad[rows[:count].to(torch.int64)] = values[:count]
     return torch.where(mask, grad, torch.zeros_like(grad))

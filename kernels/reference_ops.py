@@ -6,6 +6,7 @@ against them. `OPERATIONS` maps an operation's name (``ops.py``) to its referenc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from . import noise, packing, reference, selection
+from . import noise, packing, program, reference, selection
 
 OPERATIONS: dict[str, Callable[..., Any]] = {}
 
@@ -69,8 +70,54 @@ def pack_activation(x: Tensor, threshold: Tensor | None, after: Tensor | None = 
 
 
 @_operation
+def fused_activation(
+    operands: Sequence[Tensor],
+    text: str,
+    code: str,
+    window: Sequence[int],
+    keep_values: bool,
+    keep_below: bool,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A pointwise program, then `activation_threshold` and `pack_activation` of its result x.
+
+    Returns bits, mask, the values of x if ``keep_values`` and the bits of x <= 0 if ``keep_below``; empty tensors
+    for what is not asked for.
+    """
+    x = program.evaluate(program.parse(text), operands, window)
+    threshold = reference.activation_threshold(x) if code == "threshold" else None
+    bits, mask = pack_activation(x, threshold)
+    values = _nhwc(x) if keep_values else x.new_empty(0)
+    below = packing.pack_rows(x <= 0) if keep_below else bits.new_empty(0)
+    return bits, mask, values, below
+
+
+@_operation
 def unpack_activation(x_bits: Tensor, channels: int, code: str) -> Tensor:
     return _nhwc(_activation_values(x_bits, channels, code))
+
+
+@_operation
+def pack_bool(mask: Tensor) -> Tensor:
+    return packing.pack_rows(mask)
+
+
+@_operation
+def unpack_bool(words: Tensor, channels: int) -> Tensor:
+    return _nhwc(packing.unpack_rows(words, channels))
+
+
+@_operation
+def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, largest: int) -> tuple[Tensor, Tensor]:
+    """largest: a bound of ``|acc|``, which tells a kernel how many squares fit into 32 bits."""
+    return reference.channel_moments(acc, weight_scale, bias)
+
+
+@_operation
+def max_pool_gradient(
+    g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    return _nhwc(reference.max_pool_gradient(g, x, kernel, stride, padding))
 
 
 @_operation
@@ -105,10 +152,12 @@ def output_product(
     code: str,
     stride: Sequence[int],
     padding: Sequence[int],
+    narrow: bool = False,
 ) -> Tensor:
     w = _weight_values(packing.unpack_panels(w_bits, out_channels, in_channels))
     x = _activation_values(x_bits, in_channels, code)
-    return _nhwc(reference.output_product(x, w, stride, padding))
+    dtype = packing.output_dtype(math.prod(w.shape[1:]), narrow)
+    return _nhwc(reference.output_product(x, w, stride, padding).to(dtype))
 
 
 @_operation
@@ -138,6 +187,19 @@ def prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
 
 
 @_operation
+def keep_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    kept = g.new_zeros(rows.shape[0], *g.shape[1:])
+    valid = reference.kept_gradient(g, rows, row_scale).to(g.dtype)
+    kept[: valid.shape[0]] = valid
+    return _nhwc(kept)
+
+
+@_operation
+def gather_words(words: Tensor, rows: Tensor) -> Tensor:
+    return words[rows.long().clamp(min=0)] * (rows >= 0).long().view(-1, *[1] * (words.dim() - 1))
+
+
+@_operation
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     gathered = x[rows.long().clamp(min=0)]
     return _nhwc(torch.where(reference.per_row(rows >= 0, gathered), gathered, torch.zeros_like(gathered)))
@@ -160,8 +222,9 @@ def quantize_rows(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scale, zero = reference.quantize_rows(g, weight_scale, rows, row_scale, _keys(seed, stream), bits)
+    codes, scale, zero = reference.quantize_rows(g, weight_scale, rows, row_scale, _keys(seed, stream), bits, compact)
     return packing.pack_planes(codes, bits), scale, zero
 
 
@@ -184,9 +247,10 @@ def quantize_channels(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys = _keys(seed, stream)
-    codes, scale, zero = reference.quantize_channels(g, rows, row_scale, channels, channel_scale, keys, bits)
+    groups = (channels, channel_scale, _keys(seed, stream), bits, compact)
+    codes, scale, zero = reference.quantize_channels(g, rows, row_scale, *groups)
     return packing.pack_lanes(codes, bits), scale, zero
 
 
@@ -208,10 +272,16 @@ def grad_input_product(
 
 @_operation
 def dequantize_grad_input(
-    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+    acc: Tensor,
+    weight_sum: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    compact: bool = False,
 ) -> Tensor:
     keep = packing.unpack_rows(mask, acc.shape[1])
-    return _nhwc(reference.dequantize_grad_input(acc, weight_sum, scale, zero_point, rows, keep))
+    return _nhwc(reference.dequantize_grad_input(acc, weight_sum, scale, zero_point, rows, keep, compact))
 
 
 @_operation
@@ -232,6 +302,29 @@ def grad_weight_product(
     x = _activation_values(x_bits[rows[:count].long()], in_channels, code)
     acc, code_sum = reference.grad_weight_product(codes[:count], x, kernel, stride, padding)
     return _nhwc(acc), _nhwc(code_sum)
+
+
+@_operation
+def grad_weight(
+    lanes: Tensor,
+    x_bits: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    mode: str,
+    code: str,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """`grad_weight_product`, `dequantize_grad_weight` and `weight_gradient` of all output channels as one."""
+    out_channels, in_channels, *kernel = weight.shape
+    sizes = (output_size, kernel, stride, padding)
+    acc, code_sum = grad_weight_product(lanes, x_bits, rows, in_channels, out_channels, code, *sizes)
+    grad_hat = dequantize_grad_weight(acc, code_sum, scale, zero_point, None, out_channels)
+    return weight_gradient(grad_hat, weight, weight_scale, mode)
 
 
 @_operation

@@ -126,6 +126,59 @@ def _activation_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     }
 
 
+def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
+    made: dict[str, list[Call]] = {"fused_activation": _program_calls(layer, o)}
+    made |= {"pack_bool": [], "unpack_bool": [], "channel_moments": [], "max_pool_gradient": []}
+    masks = [o.x > 0, (o.x > 0).movedim(1, -1).contiguous().movedim(-1, 1)]
+    made["pack_bool"] = [(mask,) for mask in masks]
+    made["unpack_bool"] = [(REFERENCE["pack_bool"](masks[0]), layer.in_channels)]
+    scale, bias = (torch.rand(layer.in_channels, generator=_seeded(layer)) for _ in range(2))
+    for largest, dtype in ((40, torch.int16), (32767, torch.int16), (10**6, torch.int32)):
+        acc = (o.x * largest / 5).clamp(-largest, largest).to(dtype)
+        made["channel_moments"] += [(acc, scale, b, largest) for b in (None, bias) if layer.batch]
+    if len(layer.size) != 2 or min(layer.size) < 2 or not layer.batch:
+        return made
+    x = o.x.relu()  # many ties
+    x.view(-1)[:: max(1, x.numel() // 5)] = math.nan
+    for window in (([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([2, 1], [1, 3], [1, 0])):
+        g = torch.randn(*x.shape[:2], *output_size(layer.size, *window), generator=_seeded(layer))
+        made["max_pool_gradient"] += [(g, v, *window) for v in (x, x.movedim(1, -1).contiguous().movedim(-1, 1))]
+    return made
+
+
+PROGRAMS = {
+    "convert": "full|t0=mul(x0,0.5)",
+    "batch-norm-relu": "full,channel,channel,channel,channel"
+    "|t0=mul(x0,x1)|t1=sub(t0,x2)|t2=mul(t1,x3)|t3=add(t2,x4)|t4=relu(t3)",
+    "residual": "full,full,channel|t0=mul(x0,x2)|t1=add(t0,x1)|t2=relu(t1)",
+    "prelu": "full,channel|t0=gt(x0,0.0)|t1=mul(x0,x1)|t2=where(t0,x0,t1)|t3=bfloat16(t2)",
+    "hardtanh": "full,channel|t0=div(x0,x1)|t1=maximum(t0,-1.0)|t2=minimum(t1,1.0)|t3=neg(t2)|t4=abs(t3)",
+}
+POOLED = "full,channel,channel|t0=mul(x0,x1)|t1=pool(t0)|t2=add(t1,x2)|t3=relu(t2)"
+
+
+def _program_calls(layer: Layer, o: Operands) -> list[Call]:
+    """Programs over operands of every dtype, kept and not kept; a pool where the layer is an image."""
+    if not layer.batch or layer.name not in ("linear", "3x3-odd-channels", "3x3-large", "1x1", "1-d", "not-square"):
+        return []  # every program is a library to compile; these layers cover all paths
+    x = o.x.clone()
+    x.view(-1)[:: max(1, x.numel() // 5)] = math.nan
+    integers = (o.x * 30).to(torch.int16)
+    vectors = [torch.rand(layer.in_channels, generator=_seeded(layer)) - 0.3 for _ in range(4)]
+    made: list[Call] = []
+    for name, text in PROGRAMS.items():
+        full, channel = text.split("|")[0].split(",").count("full"), text.split("|")[0].split(",").count("channel")
+        sources = [integers, o.x.bfloat16()] if name == "residual" else [x, o.x]
+        operands = [*sources[:full], *vectors[:channel]]
+        for code, values, below in (("sign", False, True), ("threshold", True, False), ("threshold", False, True)):
+            made.append((operands, text, code, [], values, below))
+    if len(layer.size) == 2:
+        for window in ([2, 2, 2, 2, 0, 0], [3, 3, 2, 2, 1, 1]):
+            made.append(([integers.int(), *vectors[:2]], POOLED, "threshold", window, window[0] == 2, True))
+            made.append(([x, *vectors[:2]], POOLED, "sign", window, False, False))
+    return made
+
+
 def _weight_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     channels_last = o.weight.movedim(1, -1).contiguous().movedim(-1, 1)
     strange = o.weight.transpose(0, 1).contiguous().transpose(0, 1)
@@ -157,6 +210,12 @@ def _selection_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
         ],
         "select": [(r, o.seed, 3, p, *keep) for r in importances for p in prunes for keep in keeps],
         "prune_rows": [(o.g, r, s) for r, s in o.rows.values() if s is not None],
+        "keep_rows": [(g, r, s) for g in (o.g, o.g.bfloat16()) for r, s in o.rows.values() if s is not None]
+        if o.g.shape[0]
+        else [],
+        "gather_words": [(REFERENCE["pack_activation"](o.x, None)[0], r) for r, _ in o.rows.values()]
+        if o.x.shape[0]
+        else [],
         "gather_rows": [(o.x, r) for r, _ in o.rows.values()] if o.x.shape[0] else [],
         "scatter_rows": [(o.x[: r.shape[0]], r, o.x.shape[0]) for r, _ in o.rows.values()],
     }
@@ -167,34 +226,52 @@ def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
     special = gradients(o.g)
     by_row = [(g, scale, *o.rows["systematic"], o.seed, 5, 4) for g in special.values()]
     by_row += [(o.g, None, *rows, o.seed, 5, bits) for rows in o.rows.values() for bits in (1, 3, 8)]
+    kept = [
+        (rows, REFERENCE["keep_rows"](o.g, rows[0], torch.ones(len(rows[0])))) for rows in o.rows.values() if len(o.g)
+    ]
+    by_row += [(g, scale, *rows, o.seed, 5, 4, True) for rows, g in kept]
     systematic = o.rows["systematic"]
     by_channel = [(g, *systematic, *c, o.seed, 6, 4) for g in special.values() for c in o.channels.values()]
     by_channel += [
         (o.g, *rows, *c, o.seed, 6, bits) for rows in o.rows.values() for c in o.channels.values() for bits in (1, 3, 8)
     ]
+    by_channel += [(g, *rows, *c, o.seed, 6, 4, True) for rows, g in kept for c in o.channels.values()]
     return {"quantize_rows": by_row, "quantize_channels": by_channel}
 
 
 def _product_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     x_bits, mask = REFERENCE["pack_activation"](o.x, None)
-    w_bits, _ = REFERENCE["quantize_weight"](o.weight, "xnor")
+    w_bits, alpha = REFERENCE["quantize_weight"](o.weight, "xnor")
     w_bits_t = REFERENCE["transpose_weight"](w_bits, layer.in_channels, layer.out_channels)
     channels, geometry = (layer.in_channels, layer.out_channels), (layer.stride, layer.padding)
-    made: dict[str, list[Call]] = {name: [] for name in ("grad_input_product", "grad_weight_product")}
-    made["output_product"] = [(x_bits, w_bits, *channels, code, *geometry) for code in ("sign", "threshold")]
+    made: dict[str, list[Call]] = {name: [] for name in ("grad_input_product", "grad_weight_product", "grad_weight")}
+    made["output_product"] = [
+        (x_bits, w_bits, *channels, code, *geometry, narrow)
+        for code in ("sign", "threshold")
+        for narrow in (False, True)
+    ]
     made["dequantize_rows"], made["dequantize_grad_input"], made["dequantize_grad_weight"] = [], [], []
     for bits, (name, (rows, row_scale)) in zip((1, 2, 4, 8, 3), o.rows.items(), strict=True):
         planes, s, z = REFERENCE["quantize_rows"](o.g, None, rows, row_scale, o.seed, 5, bits)
         made["dequantize_rows"].append((planes, s, z, rows, layer.out_channels, layer.batch))
         made["grad_input_product"].append((planes, w_bits_t, *channels, layer.size, *geometry))
         acc, weight_sum = REFERENCE["grad_input_product"](*made["grad_input_product"][-1])
-        made["dequantize_grad_input"].append((acc, weight_sum, s, z, rows, mask))
+        made["dequantize_grad_input"] += [
+            (acc, weight_sum, s, z, rows, mask, compact) for compact in (False, True)[: 1 + bool(layer.batch)]
+        ]
         for kept, channel_scale in o.channels.values():
             lanes, s, z = REFERENCE["quantize_channels"](o.g, rows, row_scale, kept, channel_scale, o.seed, 6, bits)
             width = layer.out_channels if kept is None else kept.shape[0]
             for code in ("sign", "threshold"):
                 sizes = (layer.output, layer.kernel, *geometry)
                 made["grad_weight_product"].append((lanes, x_bits, rows, layer.in_channels, width, code, *sizes))
+            if kept is None:
+                shared = (lanes, x_bits, rows, s, z)
+                weights = (o.weight, o.weight.movedim(1, -1).contiguous().movedim(-1, 1))
+                made["grad_weight"] += [
+                    (*shared, w, alpha, mode, code, layer.output, *geometry)
+                    for w, mode, code in zip(weights, ("xnor", "none"), ("sign", "threshold"), strict=True)
+                ]
             if name in ("systematic", "bernoulli"):
                 acc, code_sum = REFERENCE["grad_weight_product"](*made["grad_weight_product"][-1])
                 made["dequantize_grad_weight"].append((acc, code_sum, s, z, kept, layer.out_channels))
@@ -207,6 +284,7 @@ def calls(layer: Layer) -> dict[str, list[Call]]:
     o = operands(layer)
     makers: list[dict[str, list[Call]]] = [
         _activation_calls(layer, o),
+        _float_calls(layer, o),
         _weight_calls(layer, o),
         _selection_calls(layer, o),
     ]

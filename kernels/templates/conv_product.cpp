@@ -173,8 +173,8 @@ struct Product {
   }
 
   // Tiles x panels begin .. end - 1, panels fastest.
-  template <bool SIGN>
-  void compute(i64 begin, i64 end, i32* out) const {
+  template <bool SIGN, class Element>
+  void compute(i64 begin, i64 end, Element* out) const {
     RowPointers from;
     from.plane_stride = g.batch * g.in_h * g.in_w * g.words;
     size_t index = 0;
@@ -201,16 +201,8 @@ struct Product {
   }
 };
 
-// out int32 [N][OH][OW][channels]; weight_sum int32 [OH][OW][channels] or null. contraction: channels per tap.
-EXPORT i64 conv_product(const u64* words, i64 planes, const u64* weights, const Geometry* geometry, i64 transposed,
-                        i64 sign, i64 contraction, i32* out, i32* weight_sum, i64 threads) {
-  Product product{};
-  product.g = *geometry;
-  product.planes = planes;
-  product.sign = sign;
-  product.words = words;
-  product.weights = weights;
-  product.prepare(transposed, contraction, weight_sum);
+template <class Element>
+static void run(const Product& product, i64 planes, bool sign, Element* out, i64 threads) {
   const i64 units = product.tiles * product.panels;
   const i64 parts = useful_threads(units * product.panel_words() * planes, threads);
   parallel_for(parts, parts, [&](i64 part) {
@@ -218,5 +210,20 @@ EXPORT i64 conv_product(const u64* words, i64 planes, const u64* weights, const 
     if (sign) product.compute<true>(begin, end, out);
     else product.compute<false>(begin, end, out);
   });
+}
+
+// out [N][OH][OW][channels], int16 where `narrow`, else int32; weight_sum int32 [OH][OW][channels] or null.
+// contraction: channels per tap.
+EXPORT i64 conv_product(const u64* words, i64 planes, const u64* weights, const Geometry* geometry, i64 transposed,
+                        i64 sign, i64 contraction, i64 narrow, void* out, i32* weight_sum, i64 threads) {
+  Product product{};
+  product.g = *geometry;
+  product.planes = planes;
+  product.sign = sign;
+  product.words = words;
+  product.weights = weights;
+  product.prepare(transposed, contraction, weight_sum);
+  if (narrow) run(product, planes, sign, static_cast<i16*>(out), threads);
+  else run(product, planes, sign, static_cast<i32*>(out), threads);
   return OK;
 }

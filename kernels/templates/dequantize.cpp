@@ -8,16 +8,16 @@ static std::vector<i64> positions_of(const i32* rows, i64 used, i64 size) {
   return kept;
 }
 
-// out [samples][inner][channels]: masked values of kept rows, zero for the others.
+// out [samples][inner][channels]: masked values of kept rows, zero for the others; compact: [row_count][inner][channels].
 EXPORT i64 dequantize_grad_input(const i32* acc, const i32* weight_sum, const float* scale, const float* zero,
                                  const i32* rows, i64 row_count, const u64* mask, i64 samples, i64 inner, i64 channels,
-                                 float* out, i64 threads) {
-  const i64 used = used_count(rows, row_count, samples);
+                                 i64 compact, float* out, i64 threads) {
+  const i64 used = used_count(rows, row_count, samples), outputs = compact ? row_count : samples;
   if (used < 0) return BAD_INDEX;
   const std::vector<i64> kept = positions_of(rows, used, samples);
   const i64 words = ceil_div(channels, WORD), size = inner * channels;
-  parallel_for(samples * inner, useful_threads(samples * size, threads), [&](i64 p) {
-    const i64 k = kept[p / inner], s = p % inner;
+  parallel_for(outputs * inner, useful_threads(outputs * size, threads), [&](i64 p) {
+    const i64 k = compact ? (p / inner < used ? p / inner : -1) : kept[p / inner], s = p % inner;
     float* to = out + p * channels;
     if (k < 0) {
       std::memset(to, 0, channels * sizeof(float));
@@ -26,7 +26,7 @@ EXPORT i64 dequantize_grad_input(const i32* acc, const i32* weight_sum, const fl
     const i32 *a = acc + k * size + s * channels, *sum = weight_sum + s * channels;
     for (i64 w = 0; w < words; ++w) {
       alignas(64) u32 set[WORD];
-      expand64(mask[p * words + w], set);
+      expand64(mask[(rows[k] * inner + s) * words + w], set);
       const i64 c = w * WORD, count = std::min<i64>(WORD, channels - c);
       auto value = [&](i64 i) {
         const float x = scale[k] * float(a[c + i]) + zero[k] * float(sum[c + i]);

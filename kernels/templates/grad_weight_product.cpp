@@ -1,5 +1,6 @@
 {% include "common.h" %}
 {% include "tile.h" %}
+{% include "weight_gradient.h" %}
 // grad_weight_product: the contraction runs over positions m = (kept row, oh, ow), 64 to a word.
 //
 //     acc[c_o, c_i, tap] = sum over m of q[c_o, m] code(x[c_i, pixel of m under the tap])
@@ -8,7 +9,8 @@
 // Phase 1 lays out, for every tap, the bits of x along m: panels [tap][C_i/16][W][16]; bits of positions whose
 // pixel is counted the image, or whose row is unused, are clear, and `inside` [tap][W] says which those are.
 // Phase 2 is an and-popcount matrix product. Positions are processed in pieces, so that one piece of a panel stays
-// in L1 while all bit planes pass, and memory is bounded; pieces add up in acc.
+// in L1 while all bit planes pass, and memory is bounded; pieces add up in acc. After the last piece the 8 output
+// channels of a unit may be finished while they are in cache (grad_weight): dequantized, and through the binarization.
 
 struct Geometry {
 {% for field in geometry %}
@@ -146,21 +148,24 @@ struct GradWeight {
     }
   }
 
-  template <bool SIGN>
-  void multiply_all(i64 first, i64 words, i32* acc, i32* code_sum, i64 threads) const {
+  // finish(tile) is called when the sums of its 8 output channels are complete.
+  template <bool SIGN, class Finish>
+  void multiply_all(i64 first, i64 words, i32* acc, i32* code_sum, i64 threads, Finish finish) const {
     if (SIGN)
       parallel_for(tiles() * tap_panels, threads,
                    [&](i64 unit) { count_inside(unit / tap_panels, unit % tap_panels, first, words); });
     parallel_for(taps * panels, threads,
                  [&](i64 unit) { sum_codes(unit / panels, unit % panels, first, words, SIGN, code_sum); });
-    // A unit keeps the lanes of 8 channels in L2 and passes the panels of one tap.
-    parallel_for(tiles() * taps, threads, [&](i64 unit) {
-      for (i64 panel = 0; panel < panels; ++panel)
-        multiply<SIGN>(unit % taps, unit / taps, panel, first, words, acc);
+    // A unit keeps the lanes of 8 channels in L2 and passes the panels of all taps.
+    parallel_for(tiles(), threads, [&](i64 tile) {
+      for (i64 tap = 0; tap < taps; ++tap)
+        for (i64 panel = 0; panel < panels; ++panel) multiply<SIGN>(tap, tile, panel, first, words, acc);
+      if ((first + words) * WORD >= positions()) finish(tile);
     });
   }
 
-  void run(bool sign, i32* acc, i32* code_sum, i64 threads) {
+  template <class Finish>
+  void run(bool sign, i32* acc, i32* code_sum, i64 threads, Finish finish) {
     static thread_local Buffer buffer, counts_buffer;
     const i64 words = ceil_div(positions(), WORD);  // words of unused rows hold no code
     const i64 piece = std::min(PIECE, words);
@@ -173,15 +178,14 @@ struct GradWeight {
       parallel_for(count, useful_threads(taps * count * g.words * WORD, threads),
                    [&](i64 word) { gather(word, first, count, zeros.data()); });
       const i64 useful = useful_threads(count * g.out_channels * taps * panels, threads);
-      if (sign) multiply_all<true>(first, count, acc, code_sum, useful);
-      else multiply_all<false>(first, count, acc, code_sum, useful);
+      if (sign) multiply_all<true>(first, count, acc, code_sum, useful, finish);
+      else multiply_all<false>(first, count, acc, code_sum, useful, finish);
     }
   }
 };
 
-// acc int32 [C_o][taps][C_i], code_sum int32 [taps][C_i]; x rows [batch][IH][IW][CW].
-EXPORT i64 grad_weight_product(const u64* lanes, i64 bits, const u64* x, const i32* kept, i64 kept_count,
-                               const Geometry* geometry, i64 sign, i32* acc, i32* code_sum, i64 threads) {
+static GradWeight make_product(const u64* lanes, i64 bits, const u64* x, const i32* kept, i64 kept_count,
+                               const Geometry* geometry) {
   GradWeight product{};
   product.g = *geometry;
   product.lanes = lanes;
@@ -189,16 +193,55 @@ EXPORT i64 grad_weight_product(const u64* lanes, i64 bits, const u64* x, const i
   product.kept = kept;
   product.bits = bits;
   product.used = used_count(kept, kept_count, product.g.batch);
-  if (product.used < 0) return BAD_INDEX;
   product.total_words = ceil_div(kept_count * product.g.out_h * product.g.out_w, WORD);
   product.taps = product.g.kernel_h * product.g.kernel_w;
   product.panels = ceil_div(product.g.in_channels, PANEL);
   product.tap_panels = ceil_div(product.taps, PANEL);
+  return product;
+}
+
+// acc int32 [C_o][taps][C_i], code_sum int32 [taps][C_i]; x rows [batch][IH][IW][CW].
+EXPORT i64 grad_weight_product(const u64* lanes, i64 bits, const u64* x, const i32* kept, i64 kept_count,
+                               const Geometry* geometry, i64 sign, i32* acc, i32* code_sum, i64 threads) {
+  GradWeight product = make_product(lanes, bits, x, kept, kept_count, geometry);
+  if (product.used < 0) return BAD_INDEX;
   if (product.positions() == 0) {
     std::fill(acc, acc + product.g.out_channels * product.taps * product.g.in_channels, 0);
     std::fill(code_sum, code_sum + product.taps * product.g.in_channels, 0);
     return OK;
   }
-  product.run(sign, acc, code_sum, threads);
+  product.run(sign, acc, code_sum, threads, [](i64) {});
+  return OK;
+}
+
+// The product, s acc + z code_sum, and the gradient of the stored weight, of 8 output channels at a time.
+// scale, zero [C_o]; weight and grad as in weight_gradient.
+EXPORT i64 grad_weight(const u64* lanes, i64 bits, const u64* x, const i32* kept, i64 kept_count,
+                       const Geometry* geometry, i64 sign, const float* scale, const float* zero, const float* weight,
+                       const float* weight_scale, i64 by_tap, i64 xnor, float* grad, i64 threads) {
+  GradWeight product = make_product(lanes, bits, x, kept, kept_count, geometry);
+  if (product.used < 0) return BAD_INDEX;
+  const Geometry& g = product.g;
+  const i64 size = product.taps * g.in_channels;
+  static thread_local Buffer sums;
+  i32* code_sum = sums.get<i32>(size * (g.out_channels + 1));
+  i32* acc = code_sum + size;
+  const WeightGradient through{weight, weight_scale, g.in_channels, product.taps, bool(by_tap), bool(xnor)};
+  auto finish = [&](i64 tile) {
+    static thread_local Buffer values;
+    float* grad_hat = values.get<float>(size);
+    for (i64 o = tile * TILE; o < std::min(g.out_channels, (tile + 1) * TILE); ++o) {
+      const float s = scale[o], z = zero[o];
+      const i32* from = acc + o * size;
+      for (i64 i = 0; i < size; ++i) grad_hat[i] = s * float(from[i]) + z * float(code_sum[i]);
+      through.channel(o, grad_hat, grad);
+    }
+  };
+  if (product.positions()) {
+    product.run(sign, acc, code_sum, threads, finish);
+    return OK;
+  }
+  std::memset(code_sum, 0, size * (g.out_channels + 1) * sizeof(i32));
+  for (i64 tile = 0; tile < product.tiles(); ++tile) finish(tile);
   return OK;
 }

@@ -96,13 +96,16 @@ EXPORT i64 row_importance(const float* g, i64 rows, i64 size, i64 kind, float* i
   return OK;
 }
 
-// The kept rows of a gradient, [used][S][C].
+// The kept rows of a gradient, [used][S][C]; compact: g holds no others.
 struct Kept {
   const float *g, *row_scale;
   const i32* rows;
   i64 used, inner, channels;
+  bool compact;
   i64 positions() const { return used * inner; }
-  const float* pixel(i64 m) const { return g + (rows[m / inner] * inner + m % inner) * channels; }
+  // Of a position: its place in the whole gradient, which its noise is drawn for, and its values.
+  i64 place(i64 m) const { return (rows[m / inner] * inner + m % inner) * channels; }
+  const float* pixel(i64 m) const { return g + (compact ? m * channels : place(m)); }
   float factor(i64 m) const { return row_scale ? row_scale[m / inner] : 1.0f; }
 };
 
@@ -133,9 +136,11 @@ static void channel_extremes(const Kept& kept, i64 first, i64 begin, i64 end, Ex
   }
 }
 
-static Kept keep_rows(const float* g, i64 samples, i64 inner, i64 channels, const i32* rows, i64 count,
+// samples: rows of the whole gradient, where g holds them; a compact one has no bound to check indices against.
+static Kept keep_rows(const float* g, i64 samples, i64 inner, i64 channels, bool compact, const i32* rows, i64 count,
                       const float* row_scale) {
-  return {g, row_scale, rows, used_count(rows, count, samples), inner, channels};
+  const i64 bound = compact ? std::numeric_limits<i32>::max() : samples;
+  return {g, row_scale, rows, used_count(rows, count, bound), inner, channels, compact};
 }
 
 // Least and greatest value of every channel: pieces of the positions in parallel, then merged (any order is exact).
@@ -160,7 +165,7 @@ static void all_extremes(const Kept& kept, i64 threads, float* low, float* high)
 
 EXPORT i64 channel_importance(const float* g, i64 samples, i64 inner, i64 channels, const i32* rows, i64 row_count,
                               const float* row_scale, i64 kind, float* importance, i64 threads) {
-  const Kept kept = keep_rows(g, samples, inner, channels, rows, row_count, row_scale);
+  const Kept kept = keep_rows(g, samples, inner, channels, false, rows, row_count, row_scale);
   if (kept.used < 0) return BAD_INDEX;
   if (kind == UNIFORM || kept.positions() == 0) {
     std::fill(importance, importance + channels, 1.0f);
@@ -199,9 +204,8 @@ struct RowQuantizer {
     return make_group(e.least(), e.greatest(), bits);
   }
 
-  // planes of one row, [bits] at distance plane_stride, each [inner][words]
-  Group run(i64 sample, u64* planes, i64 plane_stride) const {
-    const float* row = g + sample * inner * channels;
+  // planes of one row, [bits] at distance plane_stride, each [inner][words]; place: of the row in the whole gradient
+  Group run(const float* row, i64 place, u64* planes, i64 plane_stride) const {
     const Group group = measure(row);
     const float top = float((1 << bits) - 1);
     Lanes64 lanes;
@@ -216,7 +220,7 @@ struct RowQuantizer {
         alignas(64) float padded[WORD];
         alignas(64) u8 codes[WORD];
         const i64 begin = s * channels + w * WORD;
-        quantize64(block64(row + begin, count, padded), lanes, u32(sample * inner * channels + begin), keys, top,
+        quantize64(block64(row + begin, count, padded), lanes, u32(place * inner * channels + begin), keys, top,
                    codes);
         for (int p = 0; p < bits; ++p) planes[p * plane_stride + s * words + w] = plane_of_bytes(codes, p) & used;
       }
@@ -225,10 +229,10 @@ struct RowQuantizer {
   }
 };
 
-EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, const float* channel_scale,
+EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, i64 compact, const float* channel_scale,
                          const i32* rows, i64 row_count, const float* row_scale, i64 k0, i64 k1, i64 bits, u64* planes,
                          float* scale, float* zero, i64 threads) {
-  const i64 used = used_count(rows, row_count, samples);
+  const i64 used = keep_rows(g, samples, inner, channels, compact, rows, row_count, row_scale).used;
   if (used < 0) return BAD_INDEX;
   RowQuantizer quantizer{g, channel_scale, inner, channels, bits, 0, {u32(k0), u32(k1)}, {}};
   quantizer.prepare();
@@ -236,7 +240,8 @@ EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, c
   parallel_for(row_count, useful_threads(row_count * inner * channels, threads), [&](i64 k) {
     scale[k] = zero[k] = 0;
     if (k < used && row_words) {
-      const Group group = quantizer.run(rows[k], planes + k * row_words, plane_stride);
+      const float* row = g + (compact ? k : rows[k]) * inner * channels;
+      const Group group = quantizer.run(row, rows[k], planes + k * row_words, plane_stride);
       const float factor = row_scale ? row_scale[k] : 1.0f;
       scale[k] = group.scale * factor;
       zero[k] = group.zero * factor;
@@ -295,7 +300,7 @@ struct ChannelQuantizer {
       alignas(64) float padded[WORD];
       alignas(64) u8 codes[WORD];
       const float* pixel = kept.pixel(m);
-      quantize64(values(pixel, block, padded), lanes, u32(pixel - kept.g), keys, top, codes);
+      quantize64(values(pixel, block, padded), lanes, u32(kept.place(m)), keys, top, codes);
       for (int p = 0; p < bits; ++p) planes[p][i] = plane_of_bytes(codes, p) & used_channels;
     }
     for (int p = 0; p < bits; ++p) {
@@ -306,11 +311,11 @@ struct ChannelQuantizer {
 };
 
 // lanes [bits][ceil(channels/8)][W][8], of `width` channels; the words of unused rows and channels are clear.
-EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channels, const i32* rows, i64 row_count,
-                             const float* row_scale, const i32* chosen, i64 width, const float* channel_scale, i64 k0,
+EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channels, i64 compact, const i32* rows,
+                             i64 row_count, const float* row_scale, const i32* chosen, i64 width, const float* channel_scale, i64 k0,
                              i64 k1, i64 bits, u64* out, float* scale, float* zero, i64 threads) {
-  ChannelQuantizer quantizer{keep_rows(g, samples, inner, channels, rows, row_count, row_scale), chosen, width, bits,
-                             {u32(k0), u32(k1)}, {}};
+  ChannelQuantizer quantizer{keep_rows(g, samples, inner, channels, compact, rows, row_count, row_scale), chosen, width,
+                             bits, {u32(k0), u32(k1)}, {}};
   if (chosen) quantizer.used = used_count(chosen, width, channels);
   if (quantizer.kept.used < 0 || quantizer.used < 0) return BAD_INDEX;
   std::fill(scale, scale + width, 0.0f);

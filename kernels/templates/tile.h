@@ -173,15 +173,18 @@ INLINE void count_tile(const Rows& rows, int planes, const Run* runs, int run_co
 
 #endif
 
-// Store the counts of up to 16 columns as int32.
-INLINE void store_counts(i32* to, i64 columns, Half low, Half high) {
+// Store the counts of up to 16 columns as int32 or int16.
+template <class Element>
+INLINE void store_counts(Element* to, i64 columns, Half low, Half high) {
+  typedef Element Eight __attribute__((vector_size(8 * sizeof(Element))));
+  const Eight first = __builtin_convertvector(low, Eight), second = __builtin_convertvector(high, Eight);
   if (columns >= PANEL) {
-    std::memcpy(to, &low, sizeof low);
-    std::memcpy(to + 8, &high, sizeof high);
+    std::memcpy(to, &first, sizeof first);
+    std::memcpy(to + 8, &second, sizeof second);
     return;
   }
-  i32 all[PANEL];
-  std::memcpy(all, &low, sizeof low);
-  std::memcpy(all + 8, &high, sizeof high);
+  Element all[PANEL];
+  std::memcpy(all, &first, sizeof first);
+  std::memcpy(all + 8, &second, sizeof second);
   for (i64 c = 0; c < columns; ++c) to[c] = all[c];
 }

@@ -1,17 +1,9 @@
 {% include "common.h" %}
+{% include "weight_gradient.h" %}
 // Weights [C_o][taps * C_i] to panels, panels to their transpose, and the gradient through the binarization.
 //
 // Every sum runs in NHWC order (taps outside, channels inside). A weight stored as [C_o][C_i][taps] (`by_tap`
 // false) is brought into that order one output channel at a time, in scratch memory that stays in cache.
-
-// The values of one output channel in NHWC order, in `scratch` unless they already are.
-static const float* nhwc_channel(const float* from, i64 channels, i64 taps, bool by_tap, Buffer& scratch) {
-  if (by_tap) return from;
-  float* to = scratch.get<float>(channels * taps);
-  for (i64 t = 0; t < taps; ++t)
-    for (i64 c = 0; c < channels; ++c) to[t * channels + c] = from[c * taps + t];
-  return to;
-}
 
 static void pack_channel(const float* w, i64 channels, i64 taps, u64* panel) {
   const i64 words = ceil_div(channels, WORD);
@@ -85,34 +77,12 @@ EXPORT i64 unpack_weight(const u64* panels, const float* scale, i64 out_channels
   return OK;
 }
 
-// g sign(w), without a branch
-INLINE float times_sign(float g, float w) { return bits_float(float_bits(g) ^ (w < 0 ? float_bits(-0.0f) : 0)); }
-
-// alpha [|W| <= 1] grad_hat, plus sign(W) mean(grad_hat sign(W)) for xnor, of n values
-template <bool XNOR>
-static void channel_gradient(const float* grad_hat, const float* w, i64 n, float scale, float* grad) {
-  float mean = 0;
-  if (XNOR) mean = lane_sum(n, [&](i64 i) { return times_sign(grad_hat[i], w[i]); }) / float(n);
-  for (i64 i = 0; i < n; ++i) {
-    const u32 inside = std::fabs(w[i]) <= 1 ? ~u32(0) : 0;
-    const float passed = bits_float(float_bits(scale * grad_hat[i]) & inside);
-    grad[i] = XNOR ? passed + times_sign(mean, w[i]) : passed;
-  }
-}
-
 // grad_hat [C_o][taps][C_i]; weight and grad in the same order, NHWC (`by_tap`) or [C_o][C_i][taps].
 EXPORT i64 weight_gradient(const float* grad_hat, const float* weight, const float* scale, i64 out_channels,
                            i64 channels, i64 taps, i64 by_tap, i64 xnor, float* grad, i64 threads) {
+  const WeightGradient through{weight, scale, channels, taps, bool(by_tap), bool(xnor)};
   const i64 size = channels * taps;
-  parallel_for(out_channels, useful_threads(out_channels * size, threads), [&](i64 o) {
-    static thread_local Buffer scratch, result;
-    const float* w = nhwc_channel(weight + o * size, channels, taps, by_tap, scratch);
-    float* to = by_tap ? grad + o * size : result.get<float>(size);
-    if (xnor) channel_gradient<true>(grad_hat + o * size, w, size, scale[o], to);
-    else channel_gradient<false>(grad_hat + o * size, w, size, scale[o], to);
-    if (by_tap) return;
-    for (i64 c = 0; c < channels; ++c)
-      for (i64 t = 0; t < taps; ++t) grad[o * size + c * taps + t] = to[t * channels + c];
-  });
+  parallel_for(out_channels, useful_threads(out_channels * size, threads),
+               [&](i64 o) { through.channel(o, grad_hat + o * size, grad); });
   return OK;
 }

@@ -1,0 +1,179 @@
+{% include "common.h" %}
+// Between the products: masks as bits, exact BatchNorm statistics of integers, the gradient of max-pooling. NHWC.
+
+struct Geometry {
+{% for field in geometry %}
+  i64 {{ field }};
+{% endfor %}
+};
+
+// bool [pixels][channels] -> rows of words, tail bits clear
+EXPORT i64 pack_bool(const u8* mask, i64 pixels, i64 channels, u64* words, i64 threads) {
+  const i64 count = ceil_div(channels, WORD);
+  parallel_for(pixels, useful_threads(pixels * channels, threads), [&](i64 p) {
+    for (i64 w = 0; w < count; ++w) {
+      alignas(64) u8 padded[WORD] = {};
+      const i64 used = std::min<i64>(WORD, channels - w * WORD);
+      std::memcpy(padded, mask + p * channels + w * WORD, used);
+      words[p * count + w] = plane_of_bytes(padded, 0);
+    }
+  });
+  return OK;
+}
+
+EXPORT i64 unpack_bool(const u64* words, i64 pixels, i64 channels, u8* mask, i64 threads) {
+  const i64 count = ceil_div(channels, WORD);
+  parallel_for(pixels, useful_threads(pixels * channels, threads), [&](i64 p) {
+    for (i64 w = 0; w < count; ++w) {
+      alignas(64) u32 set[WORD];
+      alignas(64) u8 bytes[WORD];
+      expand64(words[p * count + w], set);
+      for (int i = 0; i < WORD; ++i) bytes[i] = u8(set[i] & 1);
+      std::memcpy(mask + p * channels + w * WORD, bytes, std::min<i64>(WORD, channels - w * WORD));
+    }
+  });
+  return OK;
+}
+
+// -- moments -------------------------------------------------------------------------------------------------
+
+// Sums of v and v * v over rows begin <= m < end of 64 or fewer channels; v * v is added in 32 bits for as many rows
+// as fit, given |v| <= largest.
+template <class Element>
+static void add_moments(const Element* acc, i64 begin, i64 end, i64 channels, i64 first, i64 largest, i64* sums,
+                        i64* squares) {
+  const i64 square = std::max<i64>(1, largest * largest), used = std::min<i64>(WORD, channels - first);
+  const i64 piece = square > 0xffffffffll ? 0 : std::min<i64>(0xffffffffll / square, 0x7fffffffll / std::max<i64>(1, largest));
+  if (piece == 0) {
+    for (i64 m = begin; m < end; ++m)
+      for (i64 i = 0; i < used; ++i) {
+        const i64 v = acc[m * channels + first + i];
+        sums[i] += v, squares[i] += v * v;
+      }
+    return;
+  }
+  for (i64 from = begin; from < end; from += piece) {
+    alignas(64) i32 sum[WORD] = {};
+    alignas(64) u32 square_sum[WORD] = {};
+    const i64 to = std::min(end, from + piece);
+    if (used == WORD) {
+      for (i64 m = from; m < to; ++m) {
+        const Element* v = acc + m * channels + first;
+        for (int i = 0; i < WORD; ++i) sum[i] += v[i], square_sum[i] += u32(i32(v[i]) * i32(v[i]));
+      }
+    } else
+      for (i64 m = from; m < to; ++m) {
+        const Element* v = acc + m * channels + first;
+        for (i64 i = 0; i < used; ++i) sum[i] += v[i], square_sum[i] += u32(i32(v[i]) * i32(v[i]));
+      }
+    for (i64 i = 0; i < used; ++i) sums[i] += sum[i], squares[i] += square_sum[i];
+  }
+}
+
+template <class Element>
+static void moments(const Element* acc, i64 count, i64 channels, i64 largest, const float* scale, const float* bias,
+                    float* var, float* mean, i64 threads) {
+  const i64 blocks = ceil_div(channels, WORD), parts = useful_threads(count * channels, threads);
+  std::vector<i64> sums(parts * blocks * WORD), squares(parts * blocks * WORD);
+  parallel_for(parts, parts, [&](i64 part) {
+    // Pieces of rows small enough to stay in cache while the blocks of channels pass.
+    const i64 begin = count * part / parts, end = count * (part + 1) / parts, rows = std::max<i64>(1, SMALL / channels);
+    for (i64 from = begin; from < end; from += rows)
+      for (i64 b = 0; b < blocks; ++b)
+        add_moments(acc, from, std::min(end, from + rows), channels, b * WORD, largest,
+                    &sums[(part * blocks + b) * WORD], &squares[(part * blocks + b) * WORD]);
+  });
+  for (i64 c = 0; c < channels; ++c) {
+    i64 sum = 0, square = 0;
+    for (i64 part = 0; part < parts; ++part)
+      sum += sums[part * blocks * WORD + c], square += squares[part * blocks * WORD + c];
+    const double first = double(sum) / double(count), second = double(square) / double(count), alpha = scale[c];
+    double center = alpha * first;
+    if (bias) center = center + double(bias[c]);
+    const double spread = second - first * first;
+    mean[c] = float(center);
+    var[c] = float(alpha * alpha * (spread < 0 ? 0.0 : spread));
+  }
+}
+
+// acc [count][channels], int16 where `narrow`, else int32; |acc| <= largest. bias may be null.
+EXPORT i64 channel_moments(const void* acc, i64 narrow, i64 count, i64 channels, i64 largest, const float* scale,
+                           const float* bias, float* var, float* mean, i64 threads) {
+  if (narrow) moments((const i16*)acc, count, channels, largest, scale, bias, var, mean, threads);
+  else moments((const i32*)acc, count, channels, largest, scale, bias, var, mean, threads);
+  return OK;
+}
+
+// -- max-pooling ---------------------------------------------------------------------------------------------
+
+struct Pool {
+  Geometry g;
+
+  // body(tap, offset of its pixel) for the taps of a window inside the image, in row-major order.
+  template <class Body>
+  INLINE void for_taps(const Geometry& g, i64 oh, i64 ow, Body body) {
+    const i64 h = oh * g.stride_h - g.padding_h, w = ow * g.stride_w - g.padding_w;
+    for (i64 th = std::max<i64>(0, -h); th < std::min(g.kernel_h, g.in_h - h); ++th)
+      for (i64 tw = std::max<i64>(0, -w); tw < std::min(g.kernel_w, g.in_w - w); ++tw)
+        body(i32(th * g.kernel_w + tw), ((h + th) * g.in_w + w + tw) * g.channels);
+  }
+
+  // The first maximum of a window, by the number of its tap, of `count` channels (all 64 where WHOLE).
+  template <bool WHOLE>
+  INLINE void argmax(const Geometry& g, const float* x, i64 oh, i64 ow, i64 count, i32* __restrict tap) {
+    alignas(64) float best[WORD];
+    bool first = true;
+    for_taps(g, oh, ow, [&](i32 t, i64 offset) {
+      const float* __restrict v = x + offset;
+      const i64 end = WHOLE ? WORD : count;
+      if (first) {
+        for (i64 i = 0; i < end; ++i) best[i] = v[i], tap[i] = t;
+        first = false;
+        return;
+      }
+      for (i64 i = 0; i < end; ++i) {
+        const bool larger = !(v[i] <= best[i]) & !(best[i] != best[i] && v[i] == v[i]);
+        best[i] = larger ? v[i] : best[i];
+        tap[i] = larger ? t : tap[i];
+      }
+    });
+  }
+
+  template <bool WHOLE>
+  INLINE void scatter(const Geometry& g, const float* grad_output, i64 oh, i64 ow, i64 count, const i32* __restrict tap,
+                      float* grad) {
+    for_taps(g, oh, ow, [&](i32 t, i64 offset) {
+      float* __restrict to = grad + offset;
+      for (i64 i = 0; i < (WHOLE ? WORD : count); ++i) to[i] += tap[i] == t ? grad_output[i] : 0.0f;
+    });
+  }
+
+  template <bool WHOLE>
+  INLINE void window(const Geometry& g, const float* grad_output, const float* x, i64 oh, i64 ow, i64 count, float* grad) {
+    alignas(64) i32 tap[WORD];
+    argmax<WHOLE>(g, x, oh, ow, count, tap);
+    scatter<WHOLE>(g, grad_output, oh, ow, count, tap, grad);
+  }
+
+  void sample(const float* grad_output, const float* x, float* grad) const {
+    std::memset(grad, 0, g.in_h * g.in_w * g.channels * sizeof(float));
+    for (i64 oh = 0; oh < g.out_h; ++oh)
+      for (i64 ow = 0; ow < g.out_w; ++ow)
+        for (i64 c = 0; c < g.channels; c += WORD) {
+          const i64 count = std::min<i64>(WORD, g.channels - c);
+          const float* from = grad_output + (oh * g.out_w + ow) * g.channels + c;
+          if (count == WORD) window<true>(g, from, x + c, oh, ow, count, grad + c);
+          else window<false>(g, from, x + c, oh, ow, count, grad + c);
+        }
+  }
+};
+
+// grad_output [batch][OH][OW][C], x and grad [batch][IH][IW][C]
+EXPORT i64 max_pool_gradient(const float* grad_output, const float* x, const Geometry* geometry, float* grad,
+                             i64 threads) {
+  const Pool pool{*geometry};
+  const i64 in_size = pool.g.in_h * pool.g.in_w * pool.g.channels, out_size = pool.g.out_h * pool.g.out_w * pool.g.channels;
+  parallel_for(pool.g.batch, useful_threads(pool.g.batch * in_size, threads),
+               [&](i64 n) { pool.sample(grad_output + n * out_size, x + n * in_size, grad + n * in_size); });
+  return OK;
+}

@@ -1,0 +1,173 @@
+{% include "common.h" %}
+// A pointwise program (program.py) over NHWC operands, max-pooled or not, straight to bits: where nobody else reads
+// the activation it is never written. Two passes, because the threshold is the mean of all values.
+//
+// program: {{ text }}
+
+struct Geometry {
+{% for field in geometry %}
+  i64 {{ field }};
+{% endfor %}
+};
+
+INLINE float to_bfloat16(float x) {
+  const u32 bits = float_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  return x != x ? bits_float(0x7fc00000u) : bits_float(rounded);
+}
+
+typedef struct { uint16_t bits; } bf16;
+INLINE float load(float x) { return x; }
+INLINE float load(i32 x) { return float(x); }
+INLINE float load(i16 x) { return float(x); }
+INLINE float load(bf16 x) { return bits_float(u32(x.bits) << 16); }
+
+struct Operands {
+{% for operand in operands %}
+  const {{ operand.type }}* p{{ loop.index0 }};
+{% endfor %}
+};
+
+// `count` (or, where WHOLE, 64) values of one input pixel from channel c on.
+template <bool WHOLE>
+INLINE void before_pool(const Operands& o, i64 pixel, i64 channels, i64 c, i64 count, float* __restrict out) {
+{% for operand in operands %}
+  const {{ operand.type }}* __restrict p{{ loop.index0 }} = o.p{{ loop.index0 }} + {{ "pixel * channels + c" if operand.full else "c" }};
+{% endfor %}
+  auto one = [&](i64 i) {
+{% for operand in operands %}
+    const float x{{ loop.index0 }} = load(p{{ loop.index0 }}[i]);
+{% endfor %}
+{% for line in before %}
+    {{ line }}
+{% endfor %}
+    out[i] = {{ before_result }};
+  };
+  if (WHOLE)
+    for (int i = 0; i < WORD; ++i) one(i);
+  else
+    for (i64 i = 0; i < count; ++i) one(i);
+}
+{% if pooled %}
+
+template <bool WHOLE>
+INLINE void after_pool(const Operands& o, i64 c, i64 count, float* __restrict values) {
+{% for operand in operands if not operand.full %}
+  const {{ operand.type }}* __restrict p{{ operand.index }} = o.p{{ operand.index }} + c;
+{% endfor %}
+  auto one = [&](i64 i) {
+{% for operand in operands if not operand.full %}
+    const float x{{ operand.index }} = load(p{{ operand.index }}[i]);
+{% endfor %}
+    const float {{ pooled }} = values[i];
+{% for line in after %}
+    {{ line }}
+{% endfor %}
+    values[i] = {{ after_result }};
+  };
+  if (WHOLE)
+    for (int i = 0; i < WORD; ++i) one(i);
+  else
+    for (i64 i = 0; i < count; ++i) one(i);
+}
+{% endif %}
+
+struct Activation {
+  Operands o;
+  Geometry g;
+  i64 pixels() const { return g.batch * g.out_h * g.out_w; }
+
+  // `count` values of one output pixel from channel c on; all 64 are written where count is 64.
+  template <bool WHOLE>
+  INLINE void run(const Activation& a, i64 pixel, i64 c, i64 count, float* out) {
+{% if pooled %}
+    const Geometry& g = a.g;
+    const i64 ow = pixel % g.out_w, oh = pixel / g.out_w % g.out_h, n = pixel / g.out_w / g.out_h;
+    const i64 h = oh * g.stride_h - g.padding_h, w = ow * g.stride_w - g.padding_w;
+    bool first = true;
+    for (i64 th = std::max<i64>(0, -h); th < std::min(g.kernel_h, g.in_h - h); ++th)
+      for (i64 tw = std::max<i64>(0, -w); tw < std::min(g.kernel_w, g.in_w - w); ++tw) {
+        const i64 input = (n * g.in_h + h + th) * g.in_w + w + tw;
+        if (first) {
+          before_pool<WHOLE>(a.o, input, g.channels, c, count, out);
+          first = false;
+          continue;
+        }
+        alignas(64) float next[WORD];
+        before_pool<WHOLE>(a.o, input, g.channels, c, count, next);
+        auto larger = [&](i64 i) { out[i] = (next[i] > out[i]) | (next[i] != next[i]) ? next[i] : out[i]; };
+        if (WHOLE)
+          for (int i = 0; i < WORD; ++i) larger(i);
+        else
+          for (i64 i = 0; i < count; ++i) larger(i);
+      }
+    after_pool<WHOLE>(a.o, c, count, out);
+{% else %}
+    before_pool<WHOLE>(a.o, pixel, a.g.channels, c, count, out);
+{% endif %}
+  }
+
+  void evaluate(i64 pixel, i64 c, i64 count, float* out) const {
+    if (count == WORD) run<true>(*this, pixel, c, count, out);
+    else run<false>(*this, pixel, c, count, out);
+  }
+
+  // Elements begin .. end - 1 of the result in NHWC order.
+  void fill(i64 begin, i64 end, float* out) const {
+    for (i64 e = begin; e < end;) {
+      const i64 c = e % g.channels, count = std::min(std::min<i64>(WORD, g.channels - c), end - e);
+      evaluate(e / g.channels, c, count, out + e - begin);
+      e += count;
+    }
+  }
+
+  // reference.activation_threshold of the result, which is kept in `values` unless null.
+  float mean(float* values, i64 threads) const {
+    const i64 size = pixels() * g.channels;
+    std::vector<float> sums(ceil_div(size, BLOCK));
+    parallel_for(i64(sums.size()), useful_threads(size, threads), [&](i64 b) {
+      alignas(64) float scratch[BLOCK];
+      const i64 begin = b * BLOCK, end = std::min(size, begin + BLOCK);
+      float* block = values ? values + begin : scratch;
+      fill(begin, end, block);
+      sums[b] = lane_sum(end - begin, [&](i64 i) { return block[i]; });
+    });
+    double total = 0;
+    for (float sum : sums) total += sum;
+    return size ? float(total / double(size)) : 0.0f;
+  }
+
+  template <bool SIGN>
+  void pack(float threshold, float* values, bool filled, u64* bits, u64* mask, u64* below, i64 threads) const {
+    const i64 words = ceil_div(g.channels, WORD);
+    const float limit = 2 * (threshold < 0.5f ? 0.5f : threshold);
+    parallel_for(pixels(), useful_threads(pixels() * g.channels, threads), [&](i64 p) {
+      for (i64 w = 0; w < words; ++w) {
+        alignas(64) float v[WORD];
+        const i64 c = w * WORD, count = std::min<i64>(WORD, g.channels - c);
+        if (count < WORD) std::fill(v, v + WORD, 0.0f);
+        const float* value = v;
+        if (filled && count == WORD) value = values + p * g.channels + c;
+        else if (filled) std::memcpy(v, values + p * g.channels + c, count * sizeof(float));
+        else evaluate(p, c, count, v);
+        if (values && !filled) std::memcpy(values + p * g.channels + c, v, count * sizeof(float));
+        const u64 used = tail_mask(count);
+        bits[p * words + w] = used & (SIGN ? compare64<NOT_LESS>(value, 0) : compare64<GREATER>(value, threshold));
+        mask[p * words + w] = used & (SIGN ? compare64<ABS_LESS_EQUAL>(value, 1)
+                                           : compare64<GREATER>(value, 0) & compare64<LESS_EQUAL>(value, limit));
+        if (below) below[p * words + w] = used & compare64<LESS_EQUAL>(value, 0);
+      }
+    });
+  }
+};
+
+// operands: pointers in order; values and below may be null; threshold is written unless `sign`.
+EXPORT i64 fused_activation({% for operand in operands %}const void* p{{ loop.index0 }}, {% endfor %}const Geometry* geometry, i64 sign,
+                            float* threshold, u64* bits, u64* mask, float* values, u64* below, i64 threads) {
+  const Activation activation{ {% raw %}{{% endraw %}{% for operand in operands %}(const {{ operand.type }}*)p{{ loop.index0 }}{{ ", " if not loop.last }}{% endfor %}{% raw %}}{% endraw %}, *geometry};
+  if (sign) activation.pack<true>(0, values, false, bits, mask, below, threads);
+  else {
+    *threshold = activation.mean(values, threads);
+    activation.pack<false>(*threshold, values, values != nullptr, bits, mask, below, threads);
+  }
+  return OK;
+}

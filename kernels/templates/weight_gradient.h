@@ -1,0 +1,45 @@
+// The gradient through W_hat = alpha sign(W), one output channel at a time (reference.weight_gradient).
+
+// The values of one output channel in NHWC order, in `scratch` unless they already are.
+static const float* nhwc_channel(const float* from, i64 channels, i64 taps, bool by_tap, Buffer& scratch) {
+  if (by_tap) return from;
+  float* to = scratch.get<float>(channels * taps);
+  for (i64 t = 0; t < taps; ++t)
+    for (i64 c = 0; c < channels; ++c) to[t * channels + c] = from[c * taps + t];
+  return to;
+}
+
+// g sign(w), without a branch
+INLINE float times_sign(float g, float w) { return bits_float(float_bits(g) ^ (w < 0 ? float_bits(-0.0f) : 0)); }
+
+// alpha [|W| <= 1] grad_hat, plus sign(W) mean(grad_hat sign(W)) for xnor, of n values
+template <bool XNOR>
+static void channel_gradient(const float* grad_hat, const float* w, i64 n, float scale, float* grad) {
+  float mean = 0;
+  if (XNOR) mean = lane_sum(n, [&](i64 i) { return times_sign(grad_hat[i], w[i]); }) / float(n);
+  for (i64 i = 0; i < n; ++i) {
+    const u32 inside = std::fabs(w[i]) <= 1 ? ~u32(0) : 0;
+    const float passed = bits_float(float_bits(scale * grad_hat[i]) & inside);
+    grad[i] = XNOR ? passed + times_sign(mean, w[i]) : passed;
+  }
+}
+
+// grad of the weight from grad_hat, [taps][C_i] of a channel; weight and grad in the same order, NHWC (`by_tap`) or
+// [C_o][C_i][taps].
+struct WeightGradient {
+  const float *weight, *scale;
+  i64 channels, taps;
+  bool by_tap, xnor;
+
+  void channel(i64 o, const float* grad_hat, float* grad) const {
+    static thread_local Buffer scratch, result;
+    const i64 size = channels * taps;
+    const float* w = nhwc_channel(weight + o * size, channels, taps, by_tap, scratch);
+    float* to = by_tap ? grad + o * size : result.get<float>(size);
+    if (xnor) channel_gradient<true>(grad_hat, w, size, scale[o], to);
+    else channel_gradient<false>(grad_hat, w, size, scale[o], to);
+    if (by_tap) return;
+    for (i64 c = 0; c < channels; ++c)
+      for (i64 t = 0; t < taps; ++t) grad[o * size + c * taps + t] = to[t * channels + c];
+  }
+};
