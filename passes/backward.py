@@ -57,8 +57,8 @@ def rewrite_backward(
     seed: fx.Node | None,
     choice: RowChoice,
     config: FQTConfig,
-) -> None:
-    """Replace grad_input, grad_weight and grad_bias of every packed, trained site."""
+) -> fx.Node | None:
+    """Replace grad_input, grad_weight and grad_bias of every packed, trained site; the rows chosen once per step."""
     emitter = Emitter(graph, "backward")
     shared = Backward(config, seed)
     if choice.cut is not None:
@@ -78,6 +78,7 @@ def rewrite_backward(
             _rewrite_exact(at, site, forward[site.index], config)
         else:
             _rewrite_quantized(at, site, forward[site.index], shared, rows)
+    return shared.step_rows
 
 
 def _prune_at_cut(emitter: Emitter, cut: fx.Node, shared: Backward) -> tuple[fx.Node, fx.Node]:

@@ -59,6 +59,12 @@ def arguments(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
+def operator_of(node: fx.Node) -> Callable[..., Any]:
+    """What a ``call_function`` node calls."""
+    assert callable(node.target)
+    return node.target
+
+
 def value(node: fx.Node) -> Any:
     """The fake value of a node."""
     return node.meta["val"]
@@ -116,12 +122,12 @@ class Insertion:
     def __init__(self, emitter: Emitter, anchor: fx.Node, site: str) -> None:
         self.emitter, self.anchor, self.site = emitter, anchor, site
 
-    def call(self, role: str, target: Callable[..., Any], *args: Any) -> Any:
-        """Add ``target(*args)``. Returns the node, or a tuple of nodes for an operator with several results."""
+    def call(self, role: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Add a call of ``target``. Returns the node, or a tuple of nodes for an operator with several results."""
         with self.emitter.graph.inserting_before(self.anchor):
-            node = self.emitter.graph.call_function(target, args)
+            node = self.emitter.graph.call_function(target, args, kwargs)
         with self.emitter.fake_mode, maybe_enable_thunkify():
-            result = target(*fx.node.map_arg(args, value))
+            result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
         self._describe(node, result, role)
         if not isinstance(result, tuple | list):
             return node
@@ -170,7 +176,9 @@ def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> Non
             user.replace_all_uses_with(new)
         elif is_call(user, user.target) and user.target in TRANSPOSES | VIEWS:
             there = Insertion(insertion.emitter, user, insertion.site)
-            replace(user, there.call(role, user.target, new, *arguments(user)[1:]), there, role)
+            # A view of the old value may need a copy of the new one, which is in NHWC memory.
+            target = aten.reshape.default if user.target is aten.view.default else user.target
+            replace(user, there.call(role, target, new, *arguments(user)[1:]), there, role)
     if any(user.users or user.op == "output" for user in node.users):
         node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
 

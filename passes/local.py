@@ -1,0 +1,156 @@
+"""Which operators treat the rows of a batch one by one, and which keep a row of zeros zero.
+
+A row is one index of axis 0. An operator is *local* if row n of its result depends on row n of its operands only:
+then ``op(x)[rows] = op(x[rows])``, and `compact` may compute it on the kept rows.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .graph import CASTS, arguments, aten, is_tensor, value
+
+SIZED = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default})
+"""Second argument is the size of the result, whose first entry counts rows."""
+ONE_OPERAND = frozenset(
+    {
+        aten.alias.default,
+        aten.avg_pool2d.default,
+        aten.avg_pool2d_backward.default,
+        aten._adaptive_avg_pool2d.default,
+        aten._adaptive_avg_pool2d_backward.default,
+        aten.upsample_nearest2d.vec,
+        aten.upsample_bilinear2d.vec,
+        aten._to_copy.default,
+        torch.ops.fqt.check_finite.default,
+    }
+)
+"""Local in the axis 0 of all their row operands."""
+REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default})
+ONE_AXIS = frozenset(
+    {aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten._softmax.default}
+)
+"""Local unless their second argument is axis 0."""
+PASS_ZEROS = (
+    SIZED
+    | ONE_OPERAND
+    | REDUCTIONS
+    | CASTS
+    | {
+        aten.permute.default,
+        aten.slice.Tensor,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.neg.default,
+        aten.clone.default,
+        aten.div.Scalar,
+        aten.mul.Scalar,
+    }
+)
+"""Zero where their first operand is."""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Element by element, with broadcasting, and without randomness."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
+def same(a: Any, b: Any) -> bool:
+    """Are two sizes known to be equal?"""
+    return statically_known_true(a == b)
+
+
+def has_rows(node: Any, like: fx.Node) -> bool:
+    """Is ``node`` a tensor whose axis 0 lines up with that of ``like``, and not broadcast along it?"""
+    if not isinstance(node, fx.Node) or not is_tensor(node) or not is_tensor(like):
+        return False
+    x, y = value(node), value(like)
+    return x.dim() > 0 and x.dim() == y.dim() and same(x.shape[0], y.shape[0])
+
+
+def row_operands(node: fx.Node) -> list[fx.Node] | None:
+    """The operands whose rows a local operator reads one by one; None where it mixes rows or is not known."""
+    if node.op != "call_function" or not is_tensor(node) or value(node).dim() == 0:
+        return None
+    if is_pointwise(node):
+        return [n for n in node.all_input_nodes if has_rows(n, node)] or None
+    if node.target in ONE_OPERAND:
+        operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        return operands if all(same(value(n).shape[0], value(node).shape[0]) for n in operands) else None
+    if node.target in (aten.cat.default, aten.stack.default):
+        parts, axis = ([*arguments(node), 0])[:2]
+        return list(parts) if axis % value(node).dim() else None
+    source = arguments(node)[0] if node.args else None
+    if not isinstance(source, fx.Node) or not is_tensor(source) or value(source).dim() == 0:
+        return None
+    return [source] if _keeps_first_axis(node, source) else None
+
+
+def _keeps_first_axis(node: fx.Node, source: fx.Node) -> bool:
+    x, rank = value(source), value(source).dim()
+    if not value(node).dim() or not same(x.shape[0], value(node).shape[0]):
+        return False
+    if node.target is aten.expand.default:
+        return rank == value(node).dim()
+    if node.target in SIZED:
+        return same(x.numel(), value(node).numel())
+    if node.target is aten.permute.default:
+        return bool(arguments(node)[1][0] % rank == 0)
+    if node.target in REDUCTIONS or node.target is aten.squeeze.dims:
+        axes = arguments(node)[1]
+        return bool(axes) and all(axis % rank for axis in axes)
+    if node.target is aten.unsqueeze.default:
+        return bool(arguments(node)[1] % (rank + 1))
+    if node.target in ONE_AXIS:
+        return len(arguments(node)) > 1 and bool(arguments(node)[1] % rank)
+    return node.target in (aten.mm.default, aten.constant_pad_nd.default) and _no_row_padding(node, rank)
+
+
+def _no_row_padding(node: fx.Node, rank: int) -> bool:
+    return node.target is not aten.constant_pad_nd.default or len(arguments(node)[1]) < 2 * rank
+
+
+def is_zero(item: Any) -> bool:
+    """A constant that is zero everywhere."""
+    if isinstance(item, int | float):
+        return item == 0
+    if not isinstance(item, fx.Node) or item.op != "call_function":
+        return False
+    if item.target is aten.scalar_tensor.default:
+        return bool(arguments(item)[0] == 0)
+    if item.target in (aten.full.default, aten.full_like.default):
+        return bool(arguments(item)[1] == 0)
+    return item.target in (aten.zeros.default, aten.zeros_like.default)
+
+
+def keeps_zero(node: fx.Node, zero: set[fx.Node]) -> bool:
+    """Is row n of ``node`` zero where row n of every operand in ``zero`` is? (A factor NaN or infinity aside.)"""
+    args = arguments(node)
+    known = [isinstance(a, fx.Node) and a in zero for a in args]
+    if node.target is aten.mul.Tensor:
+        return any(known[:2])
+    if node.target in (aten.add.Tensor, aten.sub.Tensor):
+        return all(known[:2])
+    if node.target is aten.where.self:
+        return all(k or is_zero(a) for k, a in zip(known[1:3], args[1:3], strict=True))
+    if node.target in PASS_ZEROS or node.target in (aten.div.Tensor, aten.mm.default):
+        return known[0]
+    if node.target is operator.getitem:
+        return False
+    return False
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that dead code elimination would keep."""
+    live: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("output", "placeholder") or node.is_impure() or any(user in live for user in node.users):
+            live.add(node)
+    return live
