@@ -11,12 +11,27 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import fx
 
 from ..config import FQTConfig
 from ..errors import PassError
 from ..kernels import ops  # noqa: F401  (declares torch.ops.fqt)
-from . import activation, backward, decide, forward, layout, rows, save, share, sites
+from . import (
+    activation,
+    backward,
+    compact,
+    decide,
+    float_layers,
+    forward,
+    fuse,
+    layout,
+    moments,
+    rows,
+    save,
+    share,
+    sites,
+)
 from .graph import describe
 
 FUEL_VARIABLE = "FQT_COMPILE_FUEL"
@@ -34,6 +49,8 @@ class State:
     choice: rows.RowChoice = rows.NOTHING_PRUNED
     forward: dict[int, forward.PackedForward] = dataclasses.field(default_factory=dict)
     seed: fx.Node | None = None
+    step_rows: fx.Node | None = None
+    compacted: compact.CompactedRows = dataclasses.field(default_factory=compact.CompactedRows)
     facts: set[str] = dataclasses.field(default_factory=lambda: {"graph"})
 
 
@@ -78,12 +95,34 @@ def _forward(state: State) -> None:
 
 
 def _backward(state: State) -> None:
-    backward.rewrite_backward(state.graph, state.sites, state.forward, state.seed, state.choice, state.config)
+    args = (state.graph, state.sites, state.forward, state.seed, state.choice, state.config)
+    state.step_rows = backward.rewrite_backward(*args)
 
 
 def _share(state: State) -> None:
     state.graph.eliminate_dead_code()
     share.share(state.graph)
+
+
+def _compact(state: State) -> None:
+    # Bernoulli keeps a random number of rows: its list has N entries, and there is nothing to make smaller.
+    if state.step_rows is not None and state.config.prune != "bernoulli":
+        state.compacted = compact.compact_rows(state.graph, state.step_rows)
+
+
+def _float_layers(state: State) -> None:
+    if state.config.float_dtype == "bfloat16":
+        packed = {site.name for site in state.sites if site.packed}
+        float_layers.cast_float_products(state.graph, torch.bfloat16, packed)
+
+
+def _moments(state: State) -> None:
+    moments.exact_moments(state.graph)
+
+
+def _fuse(state: State) -> None:
+    fuse.fuse_activations(state.graph)
+    fuse.fuse_weight_gradients(state.graph)
 
 
 def _save(state: State) -> None:
@@ -122,16 +161,23 @@ ANALYSES = (
     Pass("activation", _activation, ("decisions",), "codes", _coded),
     Pass("rows", _rows, ("decisions",), "row choice"),
 )
-REWRITES = (
+QUANTIZE = (
     Pass("forward", _forward, ("codes",), "packed forward"),
     Pass("save", _save, ("packed forward",), "tags"),
     Pass("backward", _backward, ("packed forward", "row choice"), "packed backward"),
     Pass("share", _share, ("packed backward", "tags"), "shared operands", _no_float_left),
-    Pass("layout", _layout, ("shared operands",), "NHWC operands"),
 )
+OPTIMIZE = (
+    Pass("compact", _compact, ("shared operands",), "kept rows", _no_float_left),
+    Pass("float_layers", _float_layers, ("kept rows",), "float layers"),
+    Pass("moments", _moments, ("kept rows",), "exact statistics"),
+    Pass("fuse", _fuse, ("exact statistics",), "fused activations", _no_float_left),
+)
+FINISH = (Pass("layout", _layout, ("shared operands",), "NHWC operands"),)
 
-
-PIPELINE = ANALYSES + REWRITES
+PIPELINE = ANALYSES + QUANTIZE + OPTIMIZE + FINISH
+UNOPTIMIZED = ANALYSES + QUANTIZE + FINISH
+"""The same numbers up to float rounding, with every intermediate value of every layer in the graph."""
 
 
 def run_pipeline(
@@ -139,12 +185,13 @@ def run_pipeline(
     config: FQTConfig,
     names: Sequence[str | None] = (),
     observe: Callable[[str, str], None] | None = None,
+    steps: Sequence[Pass] | None = None,
 ) -> State:
-    """Rewrite ``graph`` in place. ``observe(pass name, graph text)`` is called after every pass.
+    """Rewrite ``graph`` in place by `PIPELINE` or ``steps``. ``observe(pass name, graph text)`` is called after each.
 
     Raises `PassError` naming the pass whose contract was broken.
     """
-    return _run(PIPELINE, State(graph, config, names, fuel_from_environment()), observe)
+    return _run(PIPELINE if steps is None else steps, State(graph, config, names, fuel_from_environment()), observe)
 
 
 def analyse(graph: fx.Graph, config: FQTConfig, names: Sequence[str | None] = ()) -> State:

@@ -1,0 +1,58 @@
+"""``float_dtype="bfloat16"``: the products of layers left in float run in bfloat16, everything around them in float32.
+
+    convolution(x, w, b)  ->  float32(convolution(bfloat16 x, bfloat16 w, bfloat16 b))
+
+The same for their gradients. What the packed layers compute is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import Emitter, aten, is_tensor, operator_of, provenance, value
+
+PRODUCTS = frozenset({aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default})
+
+
+def cast_float_products(graph: fx.Graph, dtype: torch.dtype, packed: Collection[str]) -> int:
+    """Let every float32 product that does not belong to a site named in ``packed`` run in ``dtype``; how many do."""
+    emitter = Emitter(graph, "float_layers")
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in PRODUCTS or node.kwargs:
+            continue
+        made = provenance(node)
+        if (made is not None and made.site in packed) or not _is_float32(node):
+            continue
+        at = emitter.at(node, made.site if made else "float")
+        args = [at.cast("cast", a, dtype) if _is_float32(a) else a for a in node.args]
+        result = at.call("float_product", operator_of(node), *args)
+        for old, new in zip(_results(node), result if isinstance(result, tuple) else (result,), strict=True):
+            if old is not None and new is not None and is_tensor(new):
+                old.replace_all_uses_with(at.cast("cast", new, torch.float32))
+        count += 1
+    graph.eliminate_dead_code()
+    return count
+
+
+def _is_float32(node: Any) -> bool:
+    """A float32 tensor, or an operator with several results of which the first that is a tensor is one."""
+    if not isinstance(node, fx.Node):
+        return False
+    result = node.meta.get("val")
+    first = next((r for r in result if r is not None), None) if isinstance(result, tuple | list) else result
+    return isinstance(first, torch.Tensor) and first.dtype == torch.float32
+
+
+def _results(node: fx.Node) -> list[fx.Node | None]:
+    """The node itself, or its items by position."""
+    if is_tensor(node):
+        return [node]
+    items: list[fx.Node | None] = [None] * len(value(node))
+    for item in node.users:
+        items[int(item.args[1])] = item  # type: ignore[arg-type]
+    return items
