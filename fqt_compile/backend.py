@@ -23,6 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from .config import FQTConfig
 from .errors import ConfigError, FQTWarning
 from .kernels.codegen import find_compiler
+from .kernels.memory import keep_freed_memory
 from .kernels.reference_ops import OPERATIONS
 from .passes.decide import unmatched_patterns
 from .passes.pipeline import State, fuel_from_environment, run_pipeline
@@ -85,6 +86,8 @@ def fqt1bit(
     if config.lowering == "eager":
         return compile_interpreted(gm, example_inputs, joint_pass, ReferenceInterpreter)
     find_compiler()  # at once and in our words, rather than from the depths of a compilation
+    if config.reuse_memory:
+        keep_freed_memory()
     # Donated buffers save a little memory and forbid retain_graph=True; torch checks the setting again when the
     # backward runs, so it cannot be changed for one compilation only.
     torch._functorch.config.donated_buffer = False

@@ -1,11 +1,12 @@
 """`compare`: one training step of a model, layer by layer: compiled FQT against eager FQT and against float.
 
-Four runs from the same state of the random generator:
+Runs from the same state of the random generator:
 
     compiled   torch.compile(model, backend="fqt1bit")           its loss and weight gradients
     eager      fqt_compile.eager(model)                           the same
-    native     the rewritten graph, node by node, native kernels  every layer's output, grad_input, grad_weight
+    native     the rewritten graph, node by node, native kernels  every packed operation's results
     reference  the rewritten graph, node by node, reference       the same: native must equal it bit for bit
+    plain      the rewritten graph without its optimizations      every layer's output, grad_input, grad_weight
     float      the model's own graph                              the same, with exact arithmetic
 """
 
@@ -27,10 +28,21 @@ from .config import FQTConfig
 from .eager import eager
 from .errors import CaptureError, ConfigError
 from .passes.graph import Provenance, provenance
-from .passes.pipeline import analyse
+from .passes.pipeline import UNOPTIMIZED, analyse, run_pipeline
 
 ROLES = ("output", "grad_input", "grad_weight")
-Values = dict[tuple[str, str], Tensor]
+ROLE_OF = {
+    "output_product": "output",
+    "grad_input_product": "grad_input",
+    "dequantize_grad_input": "grad_input",
+    "grad_weight_product": "grad_weight",
+    "grad_weight": "grad_weight",
+    "weight_gradient": "grad_weight",
+}
+"""Which of a layer's values an operation computes; all others prepare operands."""
+OPERANDS = "operands"
+Values = dict[tuple[str, str, str], Tensor]
+"""(site, role, node) -> what the node returned."""
 Loss = Callable[[Any], Tensor]
 
 
@@ -38,7 +50,8 @@ Loss = Callable[[Any], Tensor]
 class SiteComparison:
     """Differences at one packed layer.
 
-    native: largest |native - reference| by role, relative to the largest reference value; 0 means bit-equal.
+    native: largest |native - reference| by role, over all operations of the layer in the optimized graph, relative to
+        the largest reference value; 0 means bit-equal.
     eager: the same for the compiled model's weight gradient against eager FQT's (None without a gradient).
     float_cosine: cosine between FQT and float by role; binarizing alone makes it smaller than 1.
     """
@@ -56,11 +69,12 @@ class Comparison:
 
     losses: dict[str, float]
     sites: list[SiteComparison]
+    largest_native_difference: float
 
     @property
     def native_equals_reference(self) -> bool:
-        """Are all integer and float values of the packed layers bit-equal?"""
-        return all(difference == 0 for site in self.sites for difference in site.native.values())
+        """Are all integer and float results of all packed operations bit-equal?"""
+        return self.largest_native_difference == 0
 
     @property
     def largest_eager_difference(self) -> float:
@@ -115,11 +129,15 @@ def compare(
     gradients: dict[str, dict[str, Tensor]] = {}
     losses["compiled"], gradients["compiled"] = run.compiled()
     losses["eager"], gradients["eager"] = run.eager()
-    losses["native"], native = run.recorded(_Recorder, rewrite=True)
-    losses["reference"], reference = run.recorded(_ReferenceRecorder, rewrite=True)
-    losses["float"], floats = run.recorded(_Recorder, rewrite=False)
-    sites = [_compare_site(name, code, native, reference, floats, gradients) for name, code in run.packed_sites.items()]
-    return Comparison(losses, sites)
+    losses["native"], native = run.recorded(_OperationRecorder, FQTPass)
+    losses["reference"], reference = run.recorded(_ReferenceRecorder, FQTPass)
+    losses["plain"], plain = run.recorded(_RoleRecorder, _PlainPass)
+    losses["float"], floats = run.recorded(_RoleRecorder, _MarkPass)
+    differences = {key: relative_difference(native[key], reference[key]) for key in reference}
+    sites = [
+        _compare_site(name, code, differences, plain, floats, gradients) for name, code in run.packed_sites.items()
+    ]
+    return Comparison(losses, sites, max(differences.values(), default=0.0))
 
 
 class _Runs:
@@ -141,11 +159,11 @@ class _Runs:
         loss, gradients = self._step(copied, lambda call: call(*self.args, **self.kwargs))
         return loss, gradients
 
-    def recorded(self, interpreter: type[_Recorder], *, rewrite: bool) -> tuple[float, Values]:
+    def recorded(self, interpreter: type[_Recorder], joint_pass: type[FQTPass]) -> tuple[float, Values]:
         values: Values = {}
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            joint = (FQTPass if rewrite else _MarkPass)(self.config, parameter_names(gm, inputs), self._note_sites)
+            joint = joint_pass(self.config, parameter_names(gm, inputs), self._note_sites)
             return compile_interpreted(gm, inputs, joint, lambda graph: interpreter(graph, values))
 
         loss, _ = self._gradients(self.model, backend)
@@ -176,8 +194,15 @@ class _MarkPass(FQTPass):
                     node.meta["fqt"] = Provenance("mark", site.name, role)
 
 
+class _PlainPass(FQTPass):
+    """The rewrite without optimizations: every layer's float values are nodes of the graph."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        run_pipeline(graph, self.config, self.names, steps=UNOPTIMIZED)
+
+
 class _Recorder(NativeInterpreter):
-    """Keeps a copy of every layer's output, grad_input and grad_weight."""
+    """Keeps a copy of what nodes return."""
 
     def __init__(self, graph: fx.GraphModule, values: Values) -> None:
         super().__init__(graph)
@@ -185,34 +210,71 @@ class _Recorder(NativeInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        made = provenance(n)
-        if made is not None and made.role in ROLES and isinstance(result, Tensor):
-            self.values.setdefault((made.site, made.role), result.detach().clone())
+        key = self.key(n)
+        if key is not None:
+            results = result if isinstance(result, tuple | list) else [result]
+            for i, item in enumerate(results):
+                self.values.setdefault((*key, f"{n.name}[{i}]"), item.detach().clone())
         return result
 
+    def key(self, n: fx.Node) -> tuple[str, str] | None:
+        """Site and role under which to keep the result of a node, or None."""
+        raise NotImplementedError
 
-class _ReferenceRecorder(_Recorder, ReferenceInterpreter):
+
+class _RoleRecorder(_Recorder):
+    """Every layer's output, grad_input and grad_weight."""
+
+    def key(self, n: fx.Node) -> tuple[str, str] | None:
+        made = provenance(n)
+        if made is None or made.role not in ROLES or not isinstance(n.meta.get("val"), Tensor):
+            return None
+        return made.site, made.role
+
+    def run_node(self, n: fx.Node) -> Any:
+        key = self.key(n)
+        seen = key is not None and any(known[:2] == key for known in self.values)
+        return NativeInterpreter.run_node(self, n) if seen else super().run_node(n)
+
+
+class _OperationRecorder(_Recorder):
+    """Every result of every packed operation."""
+
+    def key(self, n: fx.Node) -> tuple[str, str] | None:
+        made = provenance(n)
+        if made is None or getattr(n.target, "namespace", None) != "fqt":
+            return None
+        return made.site, ROLE_OF.get(n.target._schema.name.removeprefix("fqt::"), OPERANDS)  # type: ignore[union-attr]
+
+
+class _ReferenceRecorder(_OperationRecorder, ReferenceInterpreter):
     """The same with reference operations."""
 
 
 def _compare_site(
     name: str,
     code: str,
-    native: Values,
-    reference: Values,
+    differences: Mapping[tuple[str, str, str], float],
+    plain: Values,
     floats: Values,
     gradients: dict[str, dict[str, Tensor]],
 ) -> SiteComparison:
-    roles = [role for role in ROLES if (name, role) in native and (name, role) in reference]
+    native: dict[str, float] = {}
+    for (site, role, _), difference in differences.items():
+        if site == name:
+            native[role] = max(native.get(role, 0.0), difference)
+    packed, exact = (
+        {role: value for (site, role, _), value in values.items() if site == name} for values in (plain, floats)
+    )
     parameter = next((p for p in (f"{name}.weight", name, "weight") if p in gradients["eager"]), None)
     return SiteComparison(
         name=name,
         activation=code,
-        native={role: relative_difference(native[name, role], reference[name, role]) for role in roles},
+        native=native,
         eager=None
         if parameter is None
         else relative_difference(gradients["compiled"][parameter], gradients["eager"][parameter]),
-        float_cosine={role: cosine(native[name, role], floats[name, role]) for role in roles if (name, role) in floats},
+        float_cosine={role: cosine(packed[role], exact[role]) for role in ROLES if role in packed and role in exact},
     )
 
 

@@ -103,7 +103,7 @@ class _LayerMode(TorchFunctionMode):
     def _run(self, call: LayerCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self._site(call)
         layer = PackedLayer if site.decision == "packed" else FloatLayer
-        if layer is FloatLayer and not self.step.prunes_once:
+        if layer is FloatLayer and not self.step.prunes_once and self.step.config.float_dtype == "float32":
             return func(*args, **kwargs)
         shape = call.x.shape
         x = call.x.reshape(-1, shape[-1]) if call.geometry.kind == "linear" else call.x

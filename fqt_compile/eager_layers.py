@@ -138,6 +138,12 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def float_product_dtype(x: Tensor, config: FQTConfig) -> torch.dtype:
+    """What the product of a layer left in float computes in; ``float_dtype`` is for float32 ones."""
+    dtype = output_dtype(x)
+    return torch.bfloat16 if config.float_dtype == "bfloat16" and dtype == torch.float32 else dtype
+
+
 def require_finite(config: FQTConfig, x: Tensor, where: str) -> None:
     if config.check_finite and not bool(torch.isfinite(x).all()):
         raise NonFiniteError(f"{where}: NaN or infinite values; accepted: finite values only (check_finite=True)")
@@ -300,12 +306,13 @@ def float_gradients(
     """grad_input, grad_weight and grad_bias of a float layer, in the dtype of its operands even inside autocast."""
     with torch.autocast(g.device.type, enabled=False):
         if geometry.kind == "linear":
-            grads = (g @ weight if wanted[0] else None, g.t() @ x if wanted[1] else None)
+            rounded = g.to(x.dtype)
+            grads = (rounded @ weight if wanted[0] else None, rounded.t() @ x if wanted[1] else None)
             return *grads, (g.sum(0) if wanted[2] else None)
         args = (geometry.stride, geometry.padding, geometry.dilation, geometry.transposed, geometry.output_padding)
         bias_size = [g.shape[1]] if wanted[2] else None
         output: tuple[Tensor | None, Tensor | None, Tensor | None] = aten.convolution_backward(
-            g, x, weight, bias_size, *args, geometry.groups, wanted
+            g.to(x.dtype), x, weight, bias_size, *args, geometry.groups, wanted
         )
         return output
 
@@ -324,17 +331,17 @@ class FloatLayer(torch.autograd.Function):
         index: int,
         step: Step,
     ) -> Tensor:
-        dtype = output_dtype(x)
+        dtype = float_product_dtype(x, step.config)
         ctx.save_for_backward(x.to(dtype), weight.to(dtype))
         ctx.layer = geometry, step
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         operands = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             if geometry.kind == "linear":
-                return torch.nn.functional.linear(*operands)
+                return torch.nn.functional.linear(*operands).to(output_dtype(x))
             args = (geometry.stride, geometry.padding, geometry.dilation, geometry.transposed, geometry.output_padding)
             output: Tensor = aten.convolution(*operands, *args, geometry.groups)
-            return output
+        return output.to(output_dtype(x))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:

@@ -107,7 +107,7 @@ for i in range(3):
         loss.backward()
     optimizer.step(); optimizer.zero_grad()
 count = {e.key: e.count for e in prof.key_averages()}
-print(count["fqt::grad_weight_product"], count["fqt::grad_input_product"], count["fqt::output_product"], loss.item())
+print(count["fqt::grad_weight"], count["fqt::grad_input_product"], count["fqt::output_product"], loss.item())
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr

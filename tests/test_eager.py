@@ -27,6 +27,8 @@ MODES = [
     {"bits": 1, "importance": "uniform"},
     {"activation": "sign", "weight_scale": "none"},
     {"prune_weight": "channel"},
+    {"float_dtype": "bfloat16"},
+    {"float_dtype": "bfloat16", "grad": "exact"},
 ]
 
 
