@@ -1,4 +1,4 @@
-"""The command line: ``fqt1bit finetune | explain | compare``.
+"""The command line: ``fqt1bit finetune | explain | compare | bench``.
 
 torch is imported inside the commands, so that help and mistakes on the command line are answered at once.
 """
@@ -214,6 +214,61 @@ def compare(
     from .compare import compare as make_comparison
 
     print(make_comparison(model, images, config=config))
+
+
+@app.command()
+@clear_errors
+def bench(
+    model: Annotated[str, typer.Option(help="vgg16-cifar, resnet18, module:factory or file.py:factory.")],
+    batch: Annotated[int, typer.Option(help="Images per training step.")] = 128,
+    size: Annotated[int, typer.Option(help="Images of SIZE x SIZE pixels.")] = 32,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed steps of every variant, in turn.")] = 7,
+    allocator: Annotated[str, typer.Option(help="'default', 'tuned' or 'both'.")] = "default",
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Measure fqt1bit only.")] = False,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Leave out peak memory.")] = False,
+    phases: Annotated[bool, typer.Option("--phases", help="Also break down our steps.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Compile with empty Inductor caches.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    bits: Bits = None,
+    keep: Keep = None,
+    scope: Scope = None,
+    grad: Grad = None,
+    preset: Preset = None,
+    option: Option = None,
+    debug: Debug = False,
+) -> None:
+    """Time whole training steps of eager, Inductor and fqt1bit, interleaved, and measure their memory."""
+    from rich.console import Console
+
+    from .bench import BenchSettings
+    from .bench import bench as run
+    from .bench_table import WIDTH, tables
+    from .results import write_json
+
+    flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
+    settings = BenchSettings(
+        model=model,
+        batch=batch,
+        size=size,
+        threads=threads,
+        rounds=rounds,
+        config=parse_options(option or [], flags),
+        baselines=not no_baselines,
+        allocator=allocator,
+        memory=not no_memory,
+        phases=phases,
+        cold=cold,
+    )
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"--json: got {str(out)!r}; accepted: a file in a folder that exists; create {out.parent}")
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    report = run(settings, lambda text: console.print(text, markup=False, highlight=False))
+    for table in tables(report):
+        console.print(table)
+    if out is not None:
+        write_json({"command": sys.argv[1:], **report}, out)
+        console.print(f"written: {out}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
