@@ -59,6 +59,7 @@ class BenchSettings:
     batch, size: images per step, of ``size`` x ``size`` pixels.
     threads: of torch.
     rounds: timed steps of every variant, taken in turn.
+    warm: steps of every variant before those, after the first one, which compiles.
     config: the options of fqt1bit.
     baselines: time eager and Inductor too.
     allocator: ``"default"`` (glibc's), ``"tuned"`` (keeps large blocks) or ``"both"``, one process each.
@@ -76,6 +77,7 @@ class BenchSettings:
     size: int = 32
     threads: int = 1
     rounds: int = 7
+    warm: int = 3
     config: FQTConfig = dataclasses.field(default_factory=FQTConfig)
     baselines: bool = True
     allocator: str = "default"
@@ -84,7 +86,7 @@ class BenchSettings:
     cold: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "size", "threads", "rounds"):
+        for name in ("batch", "size", "threads", "rounds", "warm"):
             got = getattr(self, name)
             if isinstance(got, bool) or not isinstance(got, int) or got < 1:
                 raise ConfigError(f"--{name}: got {got!r}; accepted: an integer >= 1")
@@ -121,7 +123,7 @@ def bench(settings: BenchSettings, say: Callable[[str], object] = lambda text: N
 
     Keys (times in seconds, memory in bytes; "per variant" is a dictionary by name of the variant)
     ----
-    model, batch, size, threads, rounds, options, versions, cpu: what ran where.
+    model, batch, size, threads, rounds, warm, options, versions, cpu: what ran where.
     steps: per variant ``median_s``, ``min_s``, ``max_s``, and ``all_s`` in the order measured.
     speedup_fp32, speedup_bf16: median of the best float32 (bf16) variant / median of ``"fqt1bit"``; None without.
     ratios: per variant the same two quotients, ``fp32`` and ``bf16``; below 1 the variant is slower.
@@ -219,7 +221,7 @@ def _header(settings: BenchSettings) -> dict[str, Any]:
 
     record = settings.record()
     machine = results.environment()
-    shown = {name: record[name] for name in ("model", "batch", "size", "threads", "rounds", "baselines")}
+    shown = {name: record[name] for name in ("model", "batch", "size", "threads", "rounds", "warm", "baselines")}
     versions = {**machine["versions"], "source": source_hash()[:12]}
     return {**shown, "options": record["config"], "versions": versions, "cpu": machine["cpu"]}
 

@@ -29,7 +29,6 @@ from .errors import FQTError
 from .models import make_model
 from .results import measure_saved_bytes
 
-WARM_STEPS = 3  # after the first one, which compiles; not timed
 MEMORY_STEPS = 3
 LEARNING_RATE = 1e-4
 PROC = Path("/proc/self")
@@ -101,7 +100,7 @@ def measure_steps(settings: BenchSettings, variant: str = "") -> dict[str, Any]:
             failed[name] = one_line(error)
         cached[name] = _cache_hits() > hits
     trainees = {name: trainee for name, trainee in trainees.items() if name not in failed}
-    for _ in range(WARM_STEPS):
+    for _ in range(settings.warm):
         for trainee in trainees.values():
             trainee.step()
     seconds: dict[str, list[float]] = {name: [] for name in trainees}
