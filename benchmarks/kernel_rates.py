@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -230,7 +232,13 @@ def main() -> None:
     clock = clock_ghz()
     bound = clock * PRODUCTS_AT_ONCE / CYCLES * options.threads
     console = Console(width=200)
-    report: dict[str, Any] = {**results.environment(), "isa": options.isa, "clock_ghz": clock, "bound_gmac_s": bound}
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        **results.environment(),
+        "isa": options.isa,
+        "clock_ghz": clock,
+        "bound_gmac_s": bound,
+    }
     report |= {"bits": options.bits, "keep": options.keep, "repeats": options.repeats, "networks": {}}
     console.print(f"clock {clock:.2f} GHz, {options.threads} threads, {options.isa}")
     for network in options.network or NETWORKS:
@@ -240,6 +248,7 @@ def main() -> None:
         console.print(product_table(f"{network}, batch {batch}", layers, bound), other_table(network, layers))
         report["networks"][network] = {"batch": batch, "layers": layers}
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

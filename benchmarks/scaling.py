@@ -66,7 +66,11 @@ def measure(configuration: Configuration, options: list[str]) -> dict[str, Any] 
         arguments = [*named, f"--rounds={ROUNDS}", f"--warm={WARM}", "--no-memory", f"--json={report}"]
         command = [sys.executable, "-m", "fqt_compile.cli", "bench", *arguments]
         done = subprocess.run([*command, *(f"--option={option}" for option in options)], stdout=subprocess.DEVNULL)
-        return json.loads(report.read_text()) if done.returncode == 0 else None
+        if done.returncode != 0:
+            return None
+        figures: dict[str, Any] = json.loads(report.read_text())
+        del figures["command"]  # it names the temporary file
+        return figures
 
 
 def is_current(report: dict[str, Any], options: dict[str, Any]) -> bool:

@@ -30,6 +30,7 @@ MODELS = {"vgg16-cifar": "fqt_compile.models:vgg16_cifar", "resnet18": "torchvis
 OURS = "fqt1bit"
 OWN = (OURS, "fqt1bit bf16")
 FLOAT32 = ("eager float32", "inductor float32")
+SAVED_BASELINE = "inductor float32"
 BFLOAT16 = ("eager bf16", "inductor bf16")
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
@@ -130,6 +131,7 @@ def bench(settings: BenchSettings, say: Callable[[str], object] = lambda text: N
     compile: per variant ``compile_s`` (first step minus a median step) and ``compile_cached``.
     failed: per variant that could not take a step, why; it is missing everywhere else.
     saved_bytes: per variant, what autograd holds between forward and backward, without parameters, buffers, images.
+    saved_ratio: per variant, how many times less that is than Inductor's float32; None without it.
     peak_rss: per variant, peak resident memory of a process that runs warm steps of nothing else.
     memory: per variant ``start`` (resident before the first step), ``warm`` (between steps), ``peak``, ``ru_maxrss``.
     allocator: the setting that ``steps`` ... ``compile`` belong to; ``allocators`` has them for every setting.
@@ -199,7 +201,9 @@ def _timed(
         )
     quotients = ratios({name: step["median_s"] for name, step in timed["steps"].items()})
     headline = {f"speedup_{key}": value for key, value in quotients[OURS].items()}
-    return {**timed, **headline, "ratios": quotients}
+    baseline = timed["saved_bytes"].get(SAVED_BASELINE)
+    saved = {name: baseline / size if baseline and size else None for name, size in timed["saved_bytes"].items()}
+    return {**timed, **headline, "ratios": quotients, "saved_ratio": saved}
 
 
 def _memory(

@@ -24,7 +24,15 @@ def _variants(report: Mapping[str, Any], allocator: str, timed: Mapping[str, Any
     what = f"{report['model']}, batch {report['batch']}, {report['size']} px, {report['threads']} threads"
     shown = Table(title=f"{what}, {report['cpu']}, {allocator} allocator")
     shown.add_column("variant", no_wrap=True)
-    for column in ("ms / step (min .. max)", "x best fp32", "x best bf16", "saved MB", "peak MB", "over start MB"):
+    for column in (
+        "ms / step (min .. max)",
+        "x best fp32",
+        "x best bf16",
+        "saved MB",
+        "x less",
+        "peak MB",
+        "over start MB",
+    ):
         shown.add_column(column, justify="right", no_wrap=column.startswith("ms"))
     memory = report.get("memory", {}) if allocator == report["allocator"] else {}
     for name, step in timed["steps"].items():
@@ -35,6 +43,7 @@ def _variants(report: Mapping[str, Any], allocator: str, timed: Mapping[str, Any
             f"{1e3 * step['median_s']:.1f} ({1e3 * step['min_s']:.1f} .. {1e3 * step['max_s']:.1f})",
             *("-" if quotients[key] is None else f"{quotients[key]:.2f}" for key in ("fp32", "bf16")),
             f"{timed['saved_bytes'][name] / MEGABYTE:.1f}",
+            "-" if timed["saved_ratio"][name] is None else f"{timed['saved_ratio'][name]:.2f}",
             "-" if used is None else f"{used['peak'] / MEGABYTE:.0f}",
             "-" if used is None else f"{(used['peak'] - used['start']) / MEGABYTE:.0f}",
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -262,14 +263,14 @@ def bench(
         phases=phases,
         cold=cold,
     )
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--json: got {str(out)!r}; accepted: a file in a folder that exists; create {out.parent}")
+    if out is not None:
+        _make_folder(out)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     report = run(settings, lambda text: console.print(text, markup=False, highlight=False))
     for table in tables(report):
         console.print(table)
     if out is not None:
-        write_json({"command": sys.argv[1:], **report}, out)
+        write_json({"command": shlex.join(["fqt1bit", *sys.argv[1:]]), **report}, out)
         console.print(f"written: {out}", markup=False, soft_wrap=True)
 
 
@@ -288,6 +289,16 @@ def _model_and_images(arch: str, size: int, batch: int, classes: int) -> tuple[t
     model = make_model(arch, classes=classes, size=size)
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     return model.to(memory_format=torch.channels_last).train(), images
+
+
+def _make_folder(file: Path) -> None:
+    """The folder of a result, before the work that it is the result of."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--json: got {str(file)!r}; accepted: a file in a folder that can be written ({error})"
+        ) from error
 
 
 def _parse(text: str) -> Any:

@@ -89,6 +89,8 @@ def test_report_has_the_documented_keys_and_ratios_of_medians(in_process, tmp_pa
         assert all(step["min_s"] <= median[name] <= step["max_s"] for name, step in timed["steps"].items())
         assert timed["speedup_fp32"] == pytest.approx(min(median[name] for name in FLOAT32) / median[OURS])
         assert timed["speedup_bf16"] == pytest.approx(min(median[name] for name in BFLOAT16) / median[OURS])
+        saved = timed["saved_bytes"]
+        assert timed["saved_ratio"][OURS] == pytest.approx(saved["inductor float32"] / saved[OURS])
     assert [environment for task, _, environment in in_process if task == "steps"] == list(ALLOCATORS.values())
     assert result.stdout.count("inductor bf16") == 2 + 1  # two tables, and the line of its memory process
     assert "packing" in result.stdout
@@ -97,7 +99,12 @@ def test_report_has_the_documented_keys_and_ratios_of_medians(in_process, tmp_pa
 def test_losses_are_shown_and_missing_baselines_have_no_ratio():
     assert ratios({"eager float32": 1.0, "inductor float32": 2.0, OURS: 4.0})[OURS] == {"fp32": 0.25, "bf16": None}
     step = {"median_s": 4.0, "min_s": 4.0, "max_s": 4.0}
-    timed = {"steps": {OURS: step}, "ratios": {OURS: {"fp32": 0.25, "bf16": None}}, "saved_bytes": {OURS: 10}}
+    timed = {
+        "steps": {OURS: step},
+        "ratios": {OURS: {"fp32": 0.25, "bf16": None}},
+        "saved_bytes": {OURS: 10},
+        "saved_ratio": {OURS: None},
+    }
     failed = {"fqt1bit bf16": "it broke"}
     report = {"model": "m", "batch": 1, "size": 8, "threads": 1, "cpu": "c", "allocator": "default"}
     console = Console(file=io.StringIO(), width=bench_table.WIDTH)
@@ -119,7 +126,7 @@ def test_losses_are_shown_and_missing_baselines_have_no_ratio():
         (["--model", TINY, "--allocator", "glibc"], "--allocator: got 'glibc'; accepted: default, tuned, both"),
         (["--model", TINY, "--option", "bit=3"], "unknown option 'bit' (did you mean 'bits'?)"),
         (["--model", TINY, "--bits", "9"], "option 'bits': got 9; accepted: an integer from 1 to 8"),
-        (["--model", TINY, "--json", "/no/such/folder/out.json"], "--json: got '/no/such/folder/out.json'; accepted"),
+        (["--model", TINY, "--json", f"{__file__}/out.json"], "out.json'; accepted: a file in a folder that can be"),
     ],
 )
 def test_errors_are_one_clear_line(arguments, message):
