@@ -25,7 +25,7 @@ from rich.table import Table
 
 from fqt_compile import results
 from fqt_compile.backend import source_hash
-from fqt_compile.bench import OWN
+from fqt_compile.bench import BFLOAT16, FLOAT32, OURS
 from fqt_compile.cli import parse_options
 from fqt_compile.data import optional_import
 from fqt_compile.results import write_json
@@ -34,7 +34,6 @@ BATCHES, SIZES, THREADS = (8, 32, 128, 512), (32, 64, 128, 224), (1, 2)
 VGG_SIZE, RESNET_BATCH = 32, 16
 ROUNDS, WARM = 3, 1
 OUT = Path(__file__).parent / "results" / "scaling.json"
-STYLES = dict(zip(OWN, ("-", "--"), strict=True))
 
 
 class Configuration(NamedTuple):
@@ -63,7 +62,8 @@ def measure(configuration: Configuration, options: list[str]) -> dict[str, Any] 
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         named = (f"--{name}={value}" for name, value in configuration._asdict().items())
-        arguments = [*named, f"--rounds={ROUNDS}", f"--warm={WARM}", "--no-memory", f"--json={report}"]
+        only = f"--only={','.join((*FLOAT32, *BFLOAT16, OURS))}"
+        arguments = [*named, only, f"--rounds={ROUNDS}", f"--warm={WARM}", "--no-memory", f"--json={report}"]
         command = [sys.executable, "-m", "fqt_compile.cli", "bench", *arguments]
         done = subprocess.run([*command, *(f"--option={option}" for option in options)], stdout=subprocess.DEVNULL)
         if done.returncode != 0:
@@ -101,53 +101,42 @@ def run(quick: bool, out: Path, options: list[str], console: Console) -> dict[st
 
 def table(reports: dict[str, Any]) -> Table:
     """One row a configuration; a speed-up below 1 is a loss."""
-    shown = Table(title="fqt1bit, median step")
-    for column in ("configuration", "ms", "x best fp32", "x best bf16", "of bf16: ms", "x best fp32", "x best bf16"):
+    shown = Table(title="median step of fqt1bit")
+    for column in ("configuration", "ms", "x best fp32", "x best bf16"):
         shown.add_column(column, justify="left" if column == "configuration" else "right")
     for name, report in reports.items():
-        cells: list[str] = []
-        for variant in OWN:
-            if variant in report["steps"]:
-                values = (report["ratios"][variant][key] for key in ("fp32", "bf16"))
-                cells += [f"{1e3 * report['steps'][variant]['median_s']:.1f}", *(f"{value:.2f}" for value in values)]
-            else:
-                cells += ["failed", "-", "-"]
-        shown.add_row(name, *cells)
+        quotients = (report["speedup_fp32"], report["speedup_bf16"])
+        step = report["steps"][OURS]["median_s"]
+        shown.add_row(name, f"{1e3 * step:.1f}", *("-" if q is None else f"{q:.2f}" for q in quotients))
     return shown
 
 
 def plot(reports: dict[str, Any], path: Path) -> None:
-    """Speed-ups over the best float32 (above) and the best bf16 (below); a line for each variant and thread count."""
+    """Speed-ups over the best float32 (above) and the best bf16 (below), a line for each number of threads."""
     figure = optional_import("matplotlib.figure").Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col")
-    for column, (model, over) in enumerate({"vgg16-cifar": "batch", "resnet18": "size"}.items()):
+    for column, (model, over, ticks) in enumerate((("vgg16-cifar", "batch", BATCHES), ("resnet18", "size", SIZES))):
         chosen = [report for report in reports.values() if report["model"] == model]
         for row, key in enumerate(("fp32", "bf16")):
-            axis = axes[row, column]
-            for threads, color in zip(THREADS, ("tab:blue", "tab:orange"), strict=True):
-                for variant, style in STYLES.items():
-                    with_variant = (r for r in chosen if r["threads"] == threads and variant in r["ratios"])
-                    points = sorted((r[over], r["ratios"][variant][key]) for r in with_variant)
-                    if points:
-                        axis.plot(
-                            *zip(*points, strict=True),
-                            style,
-                            color=color,
-                            marker="o",
-                            label=f"{variant}, {threads} threads",
-                        )
-            axis.axhline(1, color="gray", linestyle=":")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.set(ylabel=f"times the best {key}")
-        axes[0, column].set(title=f"{model}" + (f", {VGG_SIZE} px" if over == "batch" else f", batch {RESNET_BATCH}"))
-        ticks = BATCHES if over == "batch" else SIZES
-        axes[1, column].set_xticks(ticks, [str(tick) for tick in ticks])
+            draw(axes[row, column], chosen, over, f"speedup_{key}")
+            axes[row, column].set(ylabel=f"times the best {key}", xticks=ticks, xticklabels=map(str, ticks))
+        axes[0, column].set(title=f"{model}, {f'{VGG_SIZE} px' if over == 'batch' else f'batch {RESNET_BATCH}'}")
         axes[1, column].set(xlabel="images a step" if over == "batch" else "pixels along an edge")
-    axes[0, 0].legend(fontsize="small")
+    axes[0, 0].legend()
     machine = next(iter(reports.values()))
     figure.suptitle(f"training step of fqt1bit, {machine['cpu']}, torch {machine['versions']['torch']}")
     figure.savefig(path)
+
+
+def draw(axis: Any, reports: list[dict[str, Any]], over: str, key: str) -> None:
+    """``key`` of the reports against ``over``; at the dotted line both are equally fast."""
+    for threads in THREADS:
+        points = sorted((r[over], r[key]) for r in reports if r["threads"] == threads and r[key] is not None)
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"{threads} thread{'s' * (threads > 1)}")
+    axis.axhline(1, color="gray", linestyle=":")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(bottom=0)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ OWN = (OURS, "fqt1bit bf16")
 FLOAT32 = ("eager float32", "inductor float32")
 SAVED_BASELINE = "inductor float32"
 BFLOAT16 = ("eager bf16", "inductor bf16")
+VARIANTS = (*FLOAT32, *BFLOAT16, *OWN)
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     # Large tensors from the heap, and a heap that is never given back: no page faults once the steps are warm.
@@ -63,6 +64,7 @@ class BenchSettings:
     warm: steps of every variant before those, after the first one, which compiles.
     config: the options of fqt1bit.
     baselines: time eager and Inductor too.
+    only: names of the variants to measure, ``"fqt1bit"`` among them; empty: all that ``baselines`` allows.
     allocator: ``"default"`` (glibc's), ``"tuned"`` (keeps large blocks) or ``"both"``, one process each.
     memory: measure peak memory, which needs a process for every variant.
     phases: also break down the steps of fqt1bit.
@@ -81,6 +83,7 @@ class BenchSettings:
     warm: int = 3
     config: FQTConfig = dataclasses.field(default_factory=FQTConfig)
     baselines: bool = True
+    only: tuple[str, ...] = ()
     allocator: str = "default"
     memory: bool = True
     phases: bool = False
@@ -91,6 +94,11 @@ class BenchSettings:
             got = getattr(self, name)
             if isinstance(got, bool) or not isinstance(got, int) or got < 1:
                 raise ConfigError(f"--{name}: got {got!r}; accepted: an integer >= 1")
+        object.__setattr__(self, "only", tuple(self.only))
+        for name in self.only:
+            _check_choice("--only", name, list(VARIANTS))
+        if self.only and OURS not in self.only:
+            raise ConfigError(f"--only: got {', '.join(self.only)}; accepted: names with {OURS} among them; add {OURS}")
         _check_choice("--allocator", self.allocator, [*ALLOCATORS, BOTH])
         if ":" not in self.model:
             remedy = "PATH:FACTORY (another torchvision network is torchvision.models:NAME)"
@@ -104,7 +112,8 @@ class BenchSettings:
     @property
     def variants(self) -> tuple[str, ...]:
         """What is timed, in order."""
-        return (*FLOAT32, *BFLOAT16, *OWN) if self.baselines else OWN
+        measured = VARIANTS if self.baselines else OWN
+        return tuple(name for name in measured if not self.only or name in self.only)
 
     @property
     def allocators(self) -> tuple[str, ...]:

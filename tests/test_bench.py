@@ -124,6 +124,11 @@ def test_losses_are_shown_and_missing_baselines_have_no_ratio():
         (["--model", TINY, "--batch", "0"], "--batch: got 0; accepted: an integer >= 1"),
         (["--model", TINY, "--rounds", "-1"], "--rounds: got -1; accepted: an integer >= 1"),
         (["--model", TINY, "--allocator", "glibc"], "--allocator: got 'glibc'; accepted: default, tuned, both"),
+        (
+            ["--model", TINY, "--only", "eager"],
+            "accepted: eager float32, inductor float32, eager bf16, ",
+        ),
+        (["--model", TINY, "--only", "eager bf16"], "add fqt1bit"),
         (["--model", TINY, "--option", "bit=3"], "unknown option 'bit' (did you mean 'bits'?)"),
         (["--model", TINY, "--bits", "9"], "option 'bits': got 9; accepted: an integer from 1 to 8"),
         (["--model", TINY, "--json", f"{__file__}/out.json"], "out.json'; accepted: a file in a folder that can be"),
@@ -137,19 +142,18 @@ def test_errors_are_one_clear_line(arguments, message):
 
 
 def test_settings_survive_the_way_to_the_worker():
-    settings = BenchSettings(model=TINY, batch=3, allocator="both", phases=True)
+    settings = BenchSettings(model=TINY, batch=3, allocator="both", only=(OURS,))
     assert BenchSettings.from_record(json.loads(json.dumps(settings.record()))) == settings
     assert settings.allocators == tuple(ALLOCATORS)
     with pytest.raises(ConfigError, match="--threads: got True"):
         BenchSettings(threads=True)
 
 
-def test_ours_saves_less_than_float32(eager_steps, monkeypatch):
+def test_ours_saves_less_than_float32(eager_steps):
     saved = eager_steps["saved_bytes"]
     activations = 4 * 4 * 8 * 8 * 32  # bytes of one activation; each ReLU saves its result, which the next layer shares
     assert 2 * activations <= saved["eager float32"] <= 2.2 * activations
-    settings = BenchSettings(model=TINY, batch=4, size=8, rounds=1, warm=1, baselines=False)
-    monkeypatch.setattr(BenchSettings, "variants", property(lambda self: (OURS,)))
+    settings = BenchSettings(model=TINY, batch=4, size=8, rounds=1, warm=1, only=(OURS,))
     ours = bench_worker.measure_steps(settings)
     assert not ours["failed"]
     assert ours["saved_bytes"][OURS] < saved["eager float32"]
