@@ -122,7 +122,6 @@ def plot(reports: dict[str, Any], path: Path) -> None:
             axes[row, column].set(ylabel=f"times the best {key}", xticks=ticks, xticklabels=map(str, ticks))
         axes[0, column].set(title=f"{model}, {f'{VGG_SIZE} px' if over == 'batch' else f'batch {RESNET_BATCH}'}")
         axes[1, column].set(xlabel="images a step" if over == "batch" else "pixels along an edge")
-    axes[0, 0].legend()
     machine = next(iter(reports.values()))
     figure.suptitle(f"training step of fqt1bit, {machine['cpu']}, torch {machine['versions']['torch']}")
     figure.savefig(path)
@@ -134,6 +133,8 @@ def draw(axis: Any, reports: list[dict[str, Any]], over: str, key: str) -> None:
         points = sorted((r[over], r[key]) for r in reports if r["threads"] == threads and r[key] is not None)
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", label=f"{threads} thread{'s' * (threads > 1)}")
+    if axis.lines:
+        axis.legend()
     axis.axhline(1, color="gray", linestyle=":")
     axis.set_xscale("log", base=2)
     axis.set_ylim(bottom=0)
