@@ -1,53 +1,108 @@
-"""Rates of the native CPU kernels on the 3x3 layers of VGG-16 at 32 px, against torch float32 in the same process.
+"""Rates of the native CPU kernels on the packed layers of VGG-16 (32 px) and ResNet-18 (224 px), with their bound.
 
-    python benchmarks/kernel_rates.py [--threads 1] [--isa avx512] [--batch 128] [--repeats 7] [--json out.json]
+    python benchmarks/kernel_rates.py [--network vgg16] [--threads 1] [--isa avx512] [--keep 1] [--json out.json]
 
-GMAC/s counts the products of the float layer (all taps, all rows), so that the ratio to float32 is a ratio of
-times. The gradient products keep 1/4 of the rows at 4 bits. Times are minima over the repeats. The float32
-baseline is oneDNN on channels_last operands: forward, grad_input alone, grad_weight alone.
+GMAC/s counts the products of the float layer (all taps, all rows), so that the ratio to float32 is a ratio of times.
+Times are minima over the repeats. The float32 baseline is oneDNN on channels_last operands: forward, grad_input alone,
+grad_weight alone.
+
+Bound. One 512-bit instruction makes 512 one-bit products out of three: xor (or and), popcount, add. Zen 4 starts two
+512-bit vector instructions of these kinds a cycle, so 512 products take 3 / 2 = 1.5 cycles, per core, at the measured
+clock. Percent of the bound counts executed products only, exactly: those whose tap lies inside the image, of the kept
+rows, once per gradient bit. Loads, stores and everything around the product are inside the measured time.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
-import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import clock_ghz
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from fqt_compile.kernels import cpu
+from fqt_compile import results
+from fqt_compile.config import FQTConfig
+from fqt_compile.kernels import cpu, selection
 from fqt_compile.kernels.isa import current_isa
 
-# channels in, channels out, image size
-VGG16 = [
-    *((64, 64, 32), (64, 128, 16), (128, 128, 16), (128, 256, 8), (256, 256, 8)),
-    *((256, 512, 4), (512, 512, 4), (512, 512, 2)),
-]
-KERNEL, PADDING, STRIDE = [3, 3], [1, 1], [1, 1]
-BITS = 4
 OPS = cpu.OPERATIONS
+PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
+CYCLES, PRODUCTS_AT_ONCE = 1.5, 512  # the bound
+BATCHES = {"vgg16": 128, "resnet18": 16}
 
 
-def best_ms(function: Callable[[], Any], repeats: int) -> float:
-    """Minimum wall time of one call in milliseconds; the first call is not counted."""
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A square convolution with padding ``kernel // 2``; ``count``: how often the network has it."""
+
+    in_channels: int
+    out_channels: int
+    size: int
+    count: int
+    kernel: int = 3
+    stride: int = 1
+
+    def __str__(self) -> str:
+        stride = f" /{self.stride}" if self.stride > 1 else ""
+        return f"{self.in_channels}-{self.out_channels}@{self.size} {self.kernel}x{self.kernel}{stride}"
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
+
+    @property
+    def output_size(self) -> int:
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    def nominal_products(self, batch: int) -> int:
+        """Multiplications of the float layer as usually counted, padding included."""
+        return batch * self.in_channels * self.out_channels * (self.output_size * self.kernel) ** 2
+
+    def inside_products(self, batch: int) -> int:
+        """Those whose tap lies inside the image; the same pairs of pixels in all three products."""
+        starts = (o * self.stride - self.padding for o in range(self.output_size))
+        inside = sum(0 <= start + tap < self.size for start in starts for tap in range(self.kernel))
+        return batch * self.in_channels * self.out_channels * inside**2
+
+
+NETWORKS = {
+    "vgg16": [
+        *(Layer(64, 64, 32, 1), Layer(64, 128, 16, 1), Layer(128, 128, 16, 1), Layer(128, 256, 8, 1)),
+        *(Layer(256, 256, 8, 2), Layer(256, 512, 4, 1), Layer(512, 512, 4, 2), Layer(512, 512, 2, 3)),
+    ],
+    "resnet18": [
+        *(Layer(64, 64, 56, 4), Layer(64, 128, 56, 1, 3, 2), Layer(64, 128, 56, 1, 1, 2), Layer(128, 128, 28, 3)),
+        *(Layer(128, 256, 28, 1, 3, 2), Layer(128, 256, 28, 1, 1, 2), Layer(256, 256, 14, 3)),
+        *(Layer(256, 512, 14, 1, 3, 2), Layer(256, 512, 14, 1, 1, 2), Layer(512, 512, 7, 3)),
+    ],
+}
+
+
+def best_seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Minimum wall time of one call; the first call is not counted."""
     function()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
-    return 1e3 * min(times)
+    return min(times)
 
 
-def float_convolution(x: Tensor, w: Tensor, g: Tensor) -> dict[str, Callable[[], Any]]:
+def float_convolution(layer: Layer, x: Tensor, w: Tensor, g: Tensor) -> dict[str, Callable[[], Any]]:
     """The three products in float32."""
-    args = (None, STRIDE, PADDING, [1, 1], False, [0, 0], 1)
+    args = (None, [layer.stride] * 2, [layer.padding] * 2, [1, 1], False, [0, 0], 1)
     backward = torch.ops.aten.convolution_backward
     return {
         "output_product": lambda: torch.ops.aten.convolution(x, w, *args),
@@ -56,92 +111,145 @@ def float_convolution(x: Tensor, w: Tensor, g: Tensor) -> dict[str, Callable[[],
     }
 
 
-def packed_operations(x: Tensor, w: Tensor, g: Tensor) -> dict[str, Callable[[], Any]]:
+def packed_operations(
+    layer: Layer, x: Tensor, w: Tensor, g: Tensor, keep: Fraction, bits: int
+) -> dict[str, Callable[[], Any]]:
     """Every native operation of one layer, on the operands a training step gives it."""
-    (_, c_in, *size), c_out = x.shape, w.shape[0]
+    c_in, c_out, size = layer.in_channels, layer.out_channels, [layer.size] * 2
+    stride, padding = [layer.stride] * 2, [layer.padding] * 2
     seed, threshold = torch.tensor(1), OPS["activation_threshold"](x)
     x_bits, mask = OPS["pack_activation"](x, threshold)
     w_bits, alpha = OPS["quantize_weight"](w, "xnor")
     w_bits_t = OPS["transpose_weight"](w_bits, c_in, c_out)
     importance = OPS["row_importance"](g, "norm")
-    rows, row_scale = OPS["select"](importance, seed, 8, "systematic", 1, 4)
-    planes, s_row, z_row = OPS["quantize_rows"](g, alpha, rows, row_scale, seed, 9, BITS)
-    lanes, s_channel, z_channel = OPS["quantize_channels"](g, rows, row_scale, None, None, seed, 10, BITS)
-    to_input = (planes, w_bits_t, c_in, c_out, size, STRIDE, PADDING)
+    chosen = ("systematic" if keep < 1 else "none", keep.numerator, keep.denominator)
+    rows, row_scale = OPS["select"](importance, seed, 8, *chosen)
+    planes, s_row, z_row = OPS["quantize_rows"](g, alpha, rows, row_scale, seed, 9, bits)
+    lanes, s_channel, z_channel = OPS["quantize_channels"](g, rows, row_scale, None, None, seed, 10, bits)
+    to_input = (planes, w_bits_t, c_in, c_out, size, stride, padding)
     acc, weight_sum = OPS["grad_input_product"](*to_input)
-    to_weight = (lanes, x_bits, rows, c_in, c_out, "threshold", size, KERNEL, STRIDE, PADDING)
+    kernel, output = [layer.kernel] * 2, [layer.output_size] * 2
+    to_weight = (lanes, x_bits, rows, c_in, c_out, "threshold", output, kernel, stride, padding)
     acc_w, code_sum = OPS["grad_weight_product"](*to_weight)
     grad_hat = OPS["dequantize_grad_weight"](acc_w, code_sum, s_channel, z_channel, None, c_out)
-    w_nhwc = w.contiguous(memory_format=torch.channels_last)
     arguments: dict[str, tuple[Any, ...]] = {
-        "output_product": (x_bits, w_bits, c_in, c_out, "threshold", STRIDE, PADDING),
+        "output_product": (x_bits, w_bits, c_in, c_out, "threshold", stride, padding),
         "grad_input_product": to_input,
         "grad_weight_product": to_weight,
         "activation_threshold": (x,),
         "pack_activation": (x, threshold),
         "apply_mask": (x, mask),
         "quantize_weight": (w, "xnor"),
-        "quantize_weight nhwc": (w_nhwc, "xnor"),
         "transpose_weight": (w_bits, c_in, c_out),
         "weight_gradient": (grad_hat, w, alpha, "xnor"),
-        "weight_gradient nhwc": (grad_hat, w_nhwc, alpha, "xnor"),
         "row_importance": (g, "norm"),
-        "select": (importance, seed, 8, "systematic", 1, 4),
-        "quantize_rows": (g, alpha, rows, row_scale, seed, 9, BITS),
-        "quantize_channels": (g, rows, row_scale, None, None, seed, 10, BITS),
+        "select": (importance, seed, 8, *chosen),
+        "quantize_rows": (g, alpha, rows, row_scale, seed, 9, bits),
+        "quantize_channels": (g, rows, row_scale, None, None, seed, 10, bits),
         "dequantize_grad_input": (acc, weight_sum, s_row, z_row, rows, mask),
         "dequantize_grad_weight": (acc_w, code_sum, s_channel, z_channel, None, c_out),
     }
-    return {name: (lambda n=name, a=args: OPS[n.split()[0]](*a)) for name, args in arguments.items()}
+    return {name: (lambda n=name, a=args: OPS[n](*a)) for name, args in arguments.items()}
 
 
-def measure_layer(c_in: int, c_out: int, size: int, batch: int, repeats: int) -> dict[str, Any]:
-    """ms of every operation; for the products also GMAC/s and how many times float32 is slower."""
+def measure_layer(layer: Layer, batch: int, options: argparse.Namespace, bound: float) -> dict[str, Any]:
+    """Seconds of every operation; for the products also GMAC/s, percent of ``bound`` (GMAC/s) and the float ratio."""
     layout = torch.channels_last
-    x = torch.randn(batch, c_in, size, size).relu().contiguous(memory_format=layout)
-    g = torch.randn(batch, c_out, size, size).contiguous(memory_format=layout)
-    w = torch.randn(c_out, c_in, *KERNEL)
-    products = batch * size**2 * c_in * c_out * math.prod(KERNEL)
-    baseline = float_convolution(x, w.contiguous(memory_format=layout), g)
-    result: dict[str, Any] = {"layer": f"{c_in}-{c_out}@{size}"}
-    for name, function in packed_operations(x, w, g).items():
-        result[name] = {"ms": best_ms(function, repeats)}
+    x = torch.randn(batch, layer.in_channels, layer.size, layer.size).relu().contiguous(memory_format=layout)
+    g = torch.randn(batch, layer.out_channels, layer.output_size, layer.output_size).contiguous(memory_format=layout)
+    w = torch.randn(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel).contiguous(memory_format=layout)
+    keep = FQTConfig(bits=options.bits, keep=options.keep).kept_fraction
+    kept_rows = selection.kept_count(batch, keep.numerator, keep.denominator)
+    baseline = {} if options.no_float else float_convolution(layer, x, w, g)
+    result: dict[str, Any] = {"layer": str(layer), "count": layer.count}
+    for name, function in packed_operations(layer, x, w, g, keep, options.bits).items():
+        seconds = best_seconds(function, options.repeats)
+        result[name] = {"s": seconds}
+        if name in PRODUCTS:
+            passes = 1 if name == "output_product" else options.bits
+            rows = batch if name == "output_product" else kept_rows
+            executed = layer.inside_products(rows) * passes / seconds / 1e9
+            result[name] |= {"gmac_s": layer.nominal_products(batch) / seconds / 1e9, "executed_gmac_s": executed}
+            result[name] |= {"bound_percent": 100 * executed / bound}
         if name in baseline:
-            float_ms = best_ms(baseline[name], max(2, repeats // 2))
-            result[name] |= {"gmac_s": products / result[name]["ms"] / 1e6, "ratio": float_ms / result[name]["ms"]}
+            result[name]["float_s"] = best_seconds(baseline[name], max(2, options.repeats // 2))
     return result
 
 
-def report(results: list[dict[str, Any]]) -> None:
-    """Two tables: products, then the milliseconds of everything else."""
-    names = [name for name in results[0] if name != "layer"]
-    products = [name for name in names if "ratio" in results[0][name]]
-    print(f"{'GMAC/s (x float32)':<22}" + "".join(f"{name:>24}" for name in products))
-    for result in results:
-        cells = (f"{result[p]['gmac_s']:.0f} ({result[p]['ratio']:.1f}x)" for p in products)
-        print(f"{result['layer']:<22}" + "".join(f"{cell:>24}" for cell in cells))
-    print(f"\n{'ms':<22}" + "".join(f"{result['layer']:>12}" for result in results))
+def product_table(network: str, results_of: list[dict[str, Any]], bound: float) -> Table:
+    """GMAC/s, percent of the bound and ratio to float32; the last row sums the times of the whole network."""
+    shown = Table(title=f"{network}: GMAC/s, percent of the bound ({bound:.0f} GMAC/s), x float32")
+    shown.add_column("layer (how often)", no_wrap=True)
+    for name in PRODUCTS:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for result in results_of:
+        cells = (_cell(result[name]) for name in PRODUCTS)
+        shown.add_row(f"{result['layer']} ({result['count']})", *cells)
+    shown.add_row("sum of the network", *(_total(results_of, name) for name in PRODUCTS))
+    return shown
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    ratio = f"  {figures['float_s'] / figures['s']:4.1f}x" if "float_s" in figures else ""
+    return f"{figures['gmac_s']:5.0f}  {figures['bound_percent']:3.0f} %{ratio}"
+
+
+def _total(results_of: list[dict[str, Any]], name: str) -> str:
+    def total(key: str) -> float:
+        return sum(result[name][key] * result["count"] for result in results_of)
+
+    at_bound = sum(r[name]["s"] * r["count"] * r[name]["bound_percent"] for r in results_of) / total("s")
+    ratio = f"  {total('float_s') / total('s'):4.1f}x" if "float_s" in results_of[0][name] else ""
+    return f"{1e3 * total('s'):.1f} ms  {at_bound:3.0f} %{ratio}"
+
+
+def other_table(network: str, results_of: list[dict[str, Any]]) -> Table:
+    """Milliseconds of everything else."""
+    shown = Table(title=f"{network}: ms of the other operations")
+    shown.add_column("layer", no_wrap=True)
+    names = [name for name in results_of[0] if isinstance(results_of[0][name], dict) and name not in PRODUCTS]
     for name in names:
-        print(f"{name:<22}" + "".join(f"{result[name]['ms']:>12.3f}" for result in results))
+        shown.add_column(name.replace("_", " "), justify="right")
+    for result in results_of:
+        shown.add_row(result["layer"], *(f"{1e3 * result[name]['s']:.2f}" for name in names))
+    return shown
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rates of the native CPU kernels on VGG-16's 3x3 layers")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", choices=cpu.supported_isas(), default=current_isa())
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, help="default: 128 for VGG-16, 16 for ResNet-18")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--keep", type=float, help="kept fraction of the rows; default: 1 / bits")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-float", action="store_true", help="leave out float32")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    with cpu.force_isa(options.isa):
-        results = [measure_layer(*layer, options.batch, options.repeats) for layer in VGG16]
-    report(results)
+    clock = clock_ghz()
+    bound = clock * PRODUCTS_AT_ONCE / CYCLES * options.threads
+    console = Console(width=200)
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        **results.environment(),
+        "isa": options.isa,
+        "clock_ghz": clock,
+        "bound_gmac_s": bound,
+    }
+    report |= {"bits": options.bits, "keep": options.keep, "repeats": options.repeats, "networks": {}}
+    console.print(f"clock {clock:.2f} GHz, {options.threads} threads, {options.isa}")
+    for network in options.network or NETWORKS:
+        batch = options.batch or BATCHES[network]
+        with cpu.force_isa(options.isa):
+            layers = [measure_layer(layer, batch, options, bound) for layer in NETWORKS[network]]
+        console.print(product_table(f"{network}, batch {batch}", layers, bound), other_table(network, layers))
+        report["networks"][network] = {"batch": batch, "layers": layers}
     if options.json:
-        machine = {"machine": platform.machine(), "torch": torch.__version__, "isa": options.isa}
-        settings = {"threads": options.threads, "batch": options.batch, "repeats": options.repeats}
-        options.json.write_text(json.dumps({**machine, **settings, "layers": results}, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: ``fqt1bit finetune | explain | compare``.
+"""The command line: ``fqt1bit finetune | explain | compare | bench``.
 
 torch is imported inside the commands, so that help and mistakes on the command line are answered at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,6 +217,65 @@ def compare(
     print(make_comparison(model, images, config=config))
 
 
+@app.command()
+@clear_errors
+def bench(
+    model: Annotated[str, typer.Option(help="vgg16-cifar, resnet18, module:factory or file.py:factory.")],
+    batch: Annotated[int, typer.Option(help="Images per training step.")] = 128,
+    size: Annotated[int, typer.Option(help="Images of SIZE x SIZE pixels.")] = 32,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed steps of every variant, in turn.")] = 7,
+    warm: Annotated[int, typer.Option(help="Steps before those that are not timed.")] = 3,
+    allocator: Annotated[str, typer.Option(help="'default', 'tuned' or 'both'.")] = "default",
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", help="Measure fqt1bit only.")] = False,
+    only: Annotated[str | None, typer.Option(help="Variants, separated by commas; fqt1bit among them.")] = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Leave out peak memory.")] = False,
+    phases: Annotated[bool, typer.Option("--phases", help="Also break down our steps.")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Compile with empty Inductor caches.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    bits: Bits = None,
+    keep: Keep = None,
+    scope: Scope = None,
+    grad: Grad = None,
+    preset: Preset = None,
+    option: Option = None,
+    debug: Debug = False,
+) -> None:
+    """Time whole training steps of eager, Inductor and fqt1bit, interleaved, and measure their memory."""
+    from rich.console import Console
+
+    from .bench import BenchSettings
+    from .bench import bench as run
+    from .bench_table import WIDTH, tables
+    from .results import write_json
+
+    flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
+    settings = BenchSettings(
+        model=model,
+        batch=batch,
+        size=size,
+        threads=threads,
+        rounds=rounds,
+        warm=warm,
+        config=parse_options(option or [], flags),
+        baselines=not no_baselines,
+        only=tuple(only.split(",")) if only else (),
+        allocator=allocator,
+        memory=not no_memory,
+        phases=phases,
+        cold=cold,
+    )
+    if out is not None:
+        _make_folder(out)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    report = run(settings, lambda text: console.print(text, markup=False, highlight=False))
+    for table in tables(report):
+        console.print(table)
+    if out is not None:
+        write_json({"command": shlex.join(["fqt1bit", *sys.argv[1:]]), **report}, out)
+        console.print(f"written: {out}", markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of the console script ``fqt1bit``."""
     app()
@@ -231,6 +291,16 @@ def _model_and_images(arch: str, size: int, batch: int, classes: int) -> tuple[t
     model = make_model(arch, classes=classes, size=size)
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     return model.to(memory_format=torch.channels_last).train(), images
+
+
+def _make_folder(file: Path) -> None:
+    """The folder of a result, before the work that it is the result of."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--json: got {str(file)!r}; accepted: a file in a folder that can be written ({error})"
+        ) from error
 
 
 def _parse(text: str) -> Any:

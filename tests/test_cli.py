@@ -163,5 +163,5 @@ def test_module_runs_and_lists_its_commands():
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "fqt_compile.cli", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
-    for name in ("finetune", "explain", "compare"):
+    for name in ("finetune", "explain", "compare", "bench"):
         assert name in result.stdout

@@ -1,0 +1,247 @@
+"""`bench`: whole training steps of eager, Inductor and fqt1bit, with their memory, on one model.
+
+A step is ``zero_grad(set_to_none=True)``, forward, cross-entropy, ``backward()`` and fused Adam, on channels_last
+models and images. This module checks the settings, starts the measuring processes (`bench_worker`) and computes the
+ratios; `bench_table` shows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import results
+from .config import FQTConfig
+from .errors import ConfigError, FQTError
+from .models import make_model
+
+CLASSES = 10
+MODELS = {"vgg16-cifar": "fqt_compile.models:vgg16_cifar", "resnet18": "torchvision.models:resnet18"}
+OURS = "fqt1bit"
+OWN = (OURS, "fqt1bit bf16")
+FLOAT32 = ("eager float32", "inductor float32")
+SAVED_BASELINE = "inductor float32"
+BFLOAT16 = ("eager bf16", "inductor bf16")
+VARIANTS = (*FLOAT32, *BFLOAT16, *OWN)
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    # Large tensors from the heap, and a heap that is never given back: no page faults once the steps are warm.
+    "tuned": {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+        "MALLOC_TOP_PAD_": str(1 << 26),
+    },
+}
+BOTH = "both"
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+REASON_LENGTH = 400  # characters of a failed process's last words
+
+
+class BenchError(FQTError, RuntimeError):
+    """A measuring process failed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What is measured.
+
+    Fields
+    ------
+    model: a name in `MODELS`, or ``module:factory`` or ``path/to/file.py:factory`` (`models.make_model`).
+    batch, size: images per step, of ``size`` x ``size`` pixels.
+    threads: of torch.
+    rounds: timed steps of every variant, taken in turn.
+    warm: steps of every variant before those, after the first one, which compiles.
+    config: the options of fqt1bit.
+    baselines: time eager and Inductor too.
+    only: names of the variants to measure, ``"fqt1bit"`` among them; empty: all that ``baselines`` allows.
+    allocator: ``"default"`` (glibc's), ``"tuned"`` (keeps large blocks) or ``"both"``, one process each.
+    memory: measure peak memory, which needs a process for every variant.
+    phases: also break down the steps of fqt1bit.
+    cold: compile with an empty cache of Inductor, so that ``compile_s`` is the time of a first run.
+
+    Raises
+    ------
+    ConfigError: a value outside the accepted ones.
+    """
+
+    model: str = "vgg16-cifar"
+    batch: int = 128
+    size: int = 32
+    threads: int = 1
+    rounds: int = 7
+    warm: int = 3
+    config: FQTConfig = dataclasses.field(default_factory=FQTConfig)
+    baselines: bool = True
+    only: tuple[str, ...] = ()
+    allocator: str = "default"
+    memory: bool = True
+    phases: bool = False
+    cold: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "size", "threads", "rounds", "warm"):
+            got = getattr(self, name)
+            if isinstance(got, bool) or not isinstance(got, int) or got < 1:
+                raise ConfigError(f"--{name}: got {got!r}; accepted: an integer >= 1")
+        object.__setattr__(self, "only", tuple(self.only))
+        for name in self.only:
+            _check_choice("--only", name, list(VARIANTS))
+        if self.only and OURS not in self.only:
+            raise ConfigError(f"--only: got {', '.join(self.only)}; accepted: names with {OURS} among them; add {OURS}")
+        _check_choice("--allocator", self.allocator, [*ALLOCATORS, BOTH])
+        if ":" not in self.model:
+            remedy = "PATH:FACTORY (another torchvision network is torchvision.models:NAME)"
+            _check_choice("--model", self.model, list(MODELS), remedy)
+
+    @property
+    def arch(self) -> str:
+        """``module:factory`` of the model."""
+        return MODELS.get(self.model, self.model)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What is timed, in order."""
+        measured = VARIANTS if self.baselines else OWN
+        return tuple(name for name in measured if not self.only or name in self.only)
+
+    @property
+    def allocators(self) -> tuple[str, ...]:
+        return tuple(ALLOCATORS) if self.allocator == BOTH else (self.allocator,)
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, from which `from_record` makes an equal object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> BenchSettings:
+        return cls(**{**record, "config": FQTConfig.from_options(record["config"])})
+
+
+def bench(settings: BenchSettings, say: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
+    """Measure and return the report; ``say`` receives a line for every process that starts.
+
+    Keys (times in seconds, memory in bytes; "per variant" is a dictionary by name of the variant)
+    ----
+    model, batch, size, threads, rounds, warm, options, versions, cpu: what ran where.
+    steps: per variant ``median_s``, ``min_s``, ``max_s``, and ``all_s`` in the order measured.
+    speedup_fp32, speedup_bf16: median of the best float32 (bf16) variant / median of ``"fqt1bit"``; None without.
+    ratios: per variant the same two quotients, ``fp32`` and ``bf16``; below 1 the variant is slower.
+    compile: per variant ``compile_s`` (first step minus a median step) and ``compile_cached``.
+    failed: per variant that could not take a step, why; it is missing everywhere else.
+    saved_bytes: per variant, what autograd holds between forward and backward, without parameters, buffers, images.
+    saved_ratio: per variant, how many times less that is than Inductor's float32; None without it.
+    peak_rss: per variant, peak resident memory of a process that runs warm steps of nothing else.
+    memory: per variant ``start`` (resident before the first step), ``warm`` (between steps), ``peak``, ``ru_maxrss``.
+    allocator: the setting that ``steps`` ... ``compile`` belong to; ``allocators`` has them for every setting.
+    phases: per own variant, see `bench_phases.measure_phases`; only if asked for.
+    """
+    torch.manual_seed(0)
+    make_model(settings.arch, classes=CLASSES, size=settings.size)  # mistakes are answered before anything runs
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {CACHE: folder} if settings.cold else {}
+        timed = {name: _timed(settings, name, cache, say) for name in settings.allocators}
+        first = settings.allocators[0]
+        report = _header(settings) | {"allocator": first, **timed[first], "allocators": timed}
+        environment = {**ALLOCATORS[first], **cache}
+        if settings.memory:
+            memory = {name: _memory(settings, name, environment, say) for name in report["steps"]}
+            report |= {"peak_rss": {name: figures["peak"] for name, figures in memory.items()}, "memory": memory}
+        if settings.phases:
+            report["phases"] = {
+                name: _phases(settings, name, environment, say) for name in OWN if name in report["steps"]
+            }
+    return report
+
+
+def ratios(medians: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+    """Per variant: ``fp32`` and ``bf16``, the best median of that arithmetic / the variant's median."""
+    best = {}
+    for key, names in {"fp32": FLOAT32, "bf16": BFLOAT16}.items():
+        best[key] = min((medians[name] for name in names if name in medians), default=None)
+    return {
+        variant: {key: None if value is None else value / median for key, value in best.items()}
+        for variant, median in medians.items()
+    }
+
+
+def run_worker(task: str, settings: BenchSettings, variant: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Run a task of `bench_worker` in a fresh process and return its result.
+
+    Raises `BenchError` with the last line the process wrote when it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        arguments = [task, json.dumps(settings.record()), variant, str(result)]
+        command = [sys.executable, "-m", "fqt_compile.bench_worker", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+        if done.returncode != 0 or not result.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it wrote nothing"]
+            what = f"{task} of {variant}" if variant else task
+            raise BenchError(
+                f"measuring {what} failed with status {done.returncode}: {lines[-1][:REASON_LENGTH]}; accepted: a "
+                "model that trains with every variant; remedy: a smaller --batch if memory ran out, --no-baselines to "
+                "leave out eager and Inductor"
+            )
+        loaded: dict[str, Any] = json.loads(result.read_text())
+        return loaded
+
+
+def _timed(
+    settings: BenchSettings, allocator: str, cache: Mapping[str, str], say: Callable[[str], object]
+) -> dict[str, Any]:
+    """Times, ratios and saved bytes under one allocator setting."""
+    say(f"steps of {len(settings.variants)} variants, {allocator} allocator")
+    timed = run_worker("steps", settings, "", {**ALLOCATORS[allocator], **cache})
+    if OURS in timed["failed"]:
+        raise BenchError(
+            f"the first step of {OURS} failed: {timed['failed'][OURS][:REASON_LENGTH]}; accepted: a model that trains "
+            "with it; fqt1bit explain shows what is done with it"
+        )
+    quotients = ratios({name: step["median_s"] for name, step in timed["steps"].items()})
+    headline = {f"speedup_{key}": value for key, value in quotients[OURS].items()}
+    baseline = timed["saved_bytes"].get(SAVED_BASELINE)
+    saved = {name: baseline / size if baseline and size else None for name, size in timed["saved_bytes"].items()}
+    return {**timed, **headline, "ratios": quotients, "saved_ratio": saved}
+
+
+def _memory(
+    settings: BenchSettings, variant: str, environment: Mapping[str, str], say: Callable[[str], object]
+) -> dict[str, Any]:
+    say(f"peak memory of {variant}")
+    return run_worker("memory", settings, variant, environment)
+
+
+def _phases(
+    settings: BenchSettings, variant: str, environment: Mapping[str, str], say: Callable[[str], object]
+) -> dict[str, Any]:
+    say(f"phases of {variant}")
+    return run_worker("phases", settings, variant, environment)
+
+
+def _header(settings: BenchSettings) -> dict[str, Any]:
+    from .backend import source_hash
+
+    record = settings.record()
+    machine = results.environment()
+    shown = {name: record[name] for name in ("model", "batch", "size", "threads", "rounds", "warm", "baselines")}
+    versions = {**machine["versions"], "source": source_hash()[:12]}
+    return {**shown, "options": record["config"], "versions": versions, "cpu": machine["cpu"]}
+
+
+def _check_choice(name: str, got: str, accepted: list[str], also: str = "") -> None:
+    if got in accepted:
+        return
+    close = difflib.get_close_matches(got, accepted, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ConfigError(f"{name}: got {got!r}{hint}; accepted: {', '.join([*accepted, *([also] if also else [])])}")

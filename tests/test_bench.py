@@ -1,0 +1,259 @@
+"""`fqt1bit bench`: the report, its arithmetic, its errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from typer.testing import CliRunner
+
+from fqt_compile import bench as bench_module
+from fqt_compile import bench_phases, bench_table, bench_worker
+from fqt_compile.bench import ALLOCATORS, BFLOAT16, FLOAT32, OURS, BenchError, BenchSettings, ratios
+from fqt_compile.cli import app
+from fqt_compile.errors import ConfigError
+
+TINY = f"{Path(__file__)}:tiny"
+BROKEN = f"{Path(__file__)}:no_bfloat16"
+DESIGN_KEYS = {
+    *("model", "batch", "size", "threads", "steps", "speedup_fp32", "speedup_bf16"),
+    *("saved_bytes", "peak_rss", "versions", "cpu"),
+}
+
+
+def tiny(num_classes: int) -> nn.Module:
+    """One packed convolution between float layers."""
+    body = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))
+
+
+class NoBfloat16(nn.Module):
+    """Raises under autocast."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = tiny(num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            raise TypeError("no bfloat16 here")
+        return self.net(x)
+
+
+def no_bfloat16(num_classes: int) -> nn.Module:
+    return NoBfloat16(num_classes)
+
+
+@pytest.fixture(scope="module")
+def eager_steps():
+    """Every variant in this process, with eager models in place of compiled ones: nothing is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_worker, "_compiled", lambda model, kind, settings: model)
+        return bench_worker.measure_steps(BenchSettings(model=TINY, batch=4, size=8, rounds=3))
+
+
+@pytest.fixture
+def in_process(monkeypatch, eager_steps):
+    """`bench` without processes; the tasks it asked for."""
+    asked = []
+
+    def run_worker(task, settings, variant, environment):
+        asked.append((task, variant, dict(environment)))
+        memory = {"start": 1, "warm": 2, "peak": 3 * 10**6, "ru_maxrss": 4}
+        phases = {"step_s": 0.02, "unprofiled_s": 0.01, "phases": {"packing": 0.02}, "operations": {}}
+        return {"steps": json.loads(json.dumps(eager_steps)), "memory": memory, "phases": phases}[task]
+
+    monkeypatch.setattr(bench_module, "run_worker", run_worker)
+    return asked
+
+
+def test_report_has_the_documented_keys_and_ratios_of_medians(in_process, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = ["--batch", "4", "--size", "8", "--rounds", "3", "--allocator", "both", "--phases", "--json", str(out)]
+    result = CliRunner().invoke(app, ["bench", "--model", TINY, *arguments])
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert report.keys() >= DESIGN_KEYS
+    assert report["steps"].keys() == report["saved_bytes"].keys() == report["peak_rss"].keys()
+    assert report["command"]
+    for timed in report["allocators"].values():
+        median = {name: statistics.median(step["all_s"]) for name, step in timed["steps"].items()}
+        assert all(step["min_s"] <= median[name] <= step["max_s"] for name, step in timed["steps"].items())
+        assert timed["speedup_fp32"] == pytest.approx(min(median[name] for name in FLOAT32) / median[OURS])
+        assert timed["speedup_bf16"] == pytest.approx(min(median[name] for name in BFLOAT16) / median[OURS])
+        saved = timed["saved_bytes"]
+        assert timed["saved_ratio"][OURS] == pytest.approx(saved["inductor float32"] / saved[OURS])
+    assert [environment for task, _, environment in in_process if task == "steps"] == list(ALLOCATORS.values())
+    assert result.stdout.count("inductor bf16") == 2 + 1  # two tables, and the line of its memory process
+    assert "packing" in result.stdout
+
+
+def test_losses_are_shown_and_missing_baselines_have_no_ratio():
+    assert ratios({"eager float32": 1.0, "inductor float32": 2.0, OURS: 4.0})[OURS] == {"fp32": 0.25, "bf16": None}
+    step = {"median_s": 4.0, "min_s": 4.0, "max_s": 4.0}
+    timed = {
+        "steps": {OURS: step},
+        "ratios": {OURS: {"fp32": 0.25, "bf16": None}},
+        "saved_bytes": {OURS: 10},
+        "saved_ratio": {OURS: None},
+    }
+    failed = {"fqt1bit bf16": "it broke"}
+    report = {"model": "m", "batch": 1, "size": 8, "threads": 1, "cpu": "c", "allocator": "default"}
+    console = Console(file=io.StringIO(), width=bench_table.WIDTH)
+    for table in bench_table.tables({**report, "allocators": {"default": {**timed, "failed": failed}}}):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "0.25" in text
+    assert "fqt1bit bf16: it broke" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "vgg16-cifr"], "--model: got 'vgg16-cifr' (did you mean 'vgg16-cifar'?); accepted: vgg16-cifar, "),
+        (["--model", "resnet50"], "torchvision.models:NAME"),
+        (["--model", "no_such_module:net"], "cannot be imported"),
+        (["--model", TINY, "--batch", "0"], "--batch: got 0; accepted: an integer >= 1"),
+        (["--model", TINY, "--rounds", "-1"], "--rounds: got -1; accepted: an integer >= 1"),
+        (["--model", TINY, "--allocator", "glibc"], "--allocator: got 'glibc'; accepted: default, tuned, both"),
+        (
+            ["--model", TINY, "--only", "eager"],
+            "accepted: eager float32, inductor float32, eager bf16, ",
+        ),
+        (["--model", TINY, "--only", "eager bf16"], "add fqt1bit"),
+        (["--model", TINY, "--option", "bit=3"], "unknown option 'bit' (did you mean 'bits'?)"),
+        (["--model", TINY, "--bits", "9"], "option 'bits': got 9; accepted: an integer from 1 to 8"),
+        (["--model", TINY, "--json", f"{__file__}/out.json"], "out.json'; accepted: a file in a folder that can be"),
+    ],
+)
+def test_errors_are_one_clear_line(arguments, message):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_settings_survive_the_way_to_the_worker():
+    settings = BenchSettings(model=TINY, batch=3, allocator="both", only=(OURS,))
+    assert BenchSettings.from_record(json.loads(json.dumps(settings.record()))) == settings
+    assert settings.allocators == tuple(ALLOCATORS)
+    with pytest.raises(ConfigError, match="--threads: got True"):
+        BenchSettings(threads=True)
+
+
+def test_ours_saves_less_than_float32(eager_steps):
+    saved = eager_steps["saved_bytes"]
+    activations = 4 * 4 * 8 * 8 * 32  # bytes of one activation; each ReLU saves its result, which the next layer shares
+    assert 2 * activations <= saved["eager float32"] <= 2.2 * activations
+    settings = BenchSettings(model=TINY, batch=4, size=8, rounds=1, warm=1, only=(OURS,))
+    ours = bench_worker.measure_steps(settings)
+    assert not ours["failed"]
+    assert ours["saved_bytes"][OURS] < saved["eager float32"]
+    assert ours["compile"][OURS]["compile_s"] > 0
+
+
+def test_a_failing_variant_is_reported_and_left_out(monkeypatch):
+    monkeypatch.setattr(bench_worker, "_compiled", lambda model, kind, settings: model)
+    figures = bench_worker.measure_steps(BenchSettings(model=BROKEN, batch=2, size=8, rounds=1))
+    assert figures["failed"].keys() == {*BFLOAT16, "fqt1bit bf16"}
+    assert figures["failed"]["eager bf16"] == "TypeError: no bfloat16 here"
+    assert figures["steps"].keys() == figures["saved_bytes"].keys() == {*FLOAT32, OURS}
+
+
+def test_memory_worker_runs_as_a_process():
+    settings = BenchSettings(model=TINY, batch=2, size=8)
+    memory = bench_module.run_worker("memory", settings, "eager float32", ALLOCATORS["tuned"])
+    assert 0 < memory["start"] <= memory["peak"]
+    broken = BenchSettings(model=BROKEN, batch=2, size=8)
+    with pytest.raises(BenchError, match=r"memory of eager bf16 failed with status 1: TypeError: no bfloat16 here;"):
+        bench_module.run_worker("memory", broken, "eager bf16", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        ("fqt::output_product", "output products"),
+        ("fqt::conv_product_batch_norm", "output products"),
+        ("fqt::grad_input_product", "grad_input products"),
+        ("fqt::grad_weight_product", "grad_weight products"),
+        ("fqt::pack_activation", "packing"),
+        ("fqt::activation_threshold", "packing"),
+        ("fqt::apply_mask", "packing"),
+        ("fqt::quantize_rows", "quantizing"),
+        ("fqt::dequantize_grad_weight", "quantizing"),
+        ("fqt::quantize_weight", "weight packing and gradient"),
+        ("fqt::weight_gradient", "weight packing and gradient"),
+        ("fqt::select", "row choice"),
+        ("fqt::batch_norm_relu_pack", "fused float"),
+        ("fqt::max_pool_backward", "fused float"),
+        ("fqt::something_new", bench_phases.ANY_PACKED),
+        ("Optimizer.step#Adam.step", "optimizer"),
+        ("mkldnn::_convolution_pointwise", "float convolution, linear"),
+        ("aten::addmm", "float convolution, linear"),
+        ("graph_0_cpp_fused_relu_1", "generated float kernels"),
+        ("aten::_log_softmax", "loss, other float"),
+        ("aten::empty_strided", None),
+        ("CompiledFunctionBackward", None),
+    ],
+)
+def test_phase_of_an_operation(name, phase):
+    assert bench_phases.phase_of(name) == phase
+
+
+def test_every_operation_has_a_phase_of_its_own():
+    from fqt_compile.kernels.ops import SCHEMAS
+
+    unknown = [name for name in SCHEMAS if bench_phases.phase_of(f"fqt::{name}") == bench_phases.ANY_PACKED]
+    assert unknown == ["check_finite"]  # a debugging aid
+
+
+def test_phases_add_up_and_inner_events_count_once():
+    def event(name, microseconds, parent=None):
+        cpu = torch.autograd.DeviceType.CPU
+        return types.SimpleNamespace(name=name, cpu_time_total=microseconds, cpu_parent=parent, device_type=cpu)
+
+    outer = event("CompiledFunction", 900)
+    product = event("fqt::output_product", 500, outer)
+    inner = event("aten::fill_", 100, event("aten::empty", 120, product))
+    operations = bench_phases.operation_seconds([outer, product, inner, event("aten::add", 50, outer)])
+    assert operations == pytest.approx({"fqt::output_product": 500e-6, "aten::add": 50e-6})
+    phases = bench_phases.breakdown(operations, step_s=1e-3)
+    assert sum(phases.values()) == pytest.approx(1e-3)
+    assert phases[bench_phases.OVERHEAD] == pytest.approx(450e-6)
+
+
+def test_phases_of_a_real_step():
+    def make_step():
+        settings = BenchSettings(model=TINY, batch=4, size=8)
+        return bench_worker.make_trainee(settings, OURS).timed_step
+
+    figures = bench_phases.measure_phases(make_step, steps=2)
+    phases = figures["phases"]
+    assert sum(phases.values()) == pytest.approx(figures["step_s"])
+    assert all(seconds >= 0 for seconds in phases.values())
+    measured = ("output products", "grad_weight products", "packing", "quantizing", "optimizer")
+    assert all(phases[name] > 0 for name in (*measured, "generated float kernels", "float convolution, linear"))
+
+
+def test_benchmark_scripts_know_their_layers(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import kernel_rates
+
+    assert 1 < kernel_rates.clock_ghz() < 10
+    for layers, network in zip(kernel_rates.NETWORKS.values(), ("vgg16", "resnet18"), strict=True):
+        assert sum(layer.count for layer in layers) == {"vgg16": 12, "resnet18": 19}[network]
+    same = kernel_rates.Layer(64, 64, 4, 1)
+    assert same.nominal_products(1) == 64 * 64 * 16 * 9
+    assert same.inside_products(1) == 64 * 64 * (4 * 3 - 2) ** 2
+    strided = kernel_rates.Layer(64, 128, 5, 1, 1, 2)
+    assert (strided.output_size, strided.inside_products(2)) == (3, 2 * 64 * 128 * 9)
+    for name in ("kernel_rates", "clock"):
+        sys.modules.pop(name)
