@@ -52,9 +52,8 @@ def exact_moments(graph: fx.Graph) -> int:
 def _over_batch(node: fx.Node) -> bool:
     rank = value(arguments(node)[0]).dim()
     axes = sorted(axis % rank for axis in arguments(node)[1])
-    return (
-        bool(axes == [0, *range(2, rank)]) and node.kwargs.get("correction") == 0 and bool(node.kwargs.get("keepdim"))
-    )
+    plain: bool = node.kwargs.get("correction") in (0, 0.0) and node.kwargs.get("keepdim") is True
+    return plain and bool(axes == [0, *range(2, rank)])
 
 
 def match_dequantized(node: fx.Node) -> Dequantized | None:
