@@ -21,6 +21,8 @@ from torch import fx, nn
 from .backend import FQTPass, compile_interpreted, parameter_names, warn_about
 from .config import FQTConfig
 from .errors import CaptureError
+from .passes.compact import CompactedRows
+from .passes.fuse import FusedActivation
 from .passes.graph import arguments, describe, value
 from .passes.pipeline import State, run_pipeline
 from .passes.sites import Site
@@ -54,12 +56,17 @@ class SiteReport:
 
 @dataclasses.dataclass
 class CapturedGraph:
-    """One graph of a model (graph breaks make several) with what the passes made of it."""
+    """One graph of a model (graph breaks make several) with what the passes made of it.
+
+    ``compacted``: how many values of the backward have kept rows only, and where full rows remain.
+    """
 
     sites: list[SiteReport]
     row_choice: str
     stages: dict[str, str]
     saved_bytes: int
+    compacted: CompactedRows
+    fused: list[FusedActivation]
 
 
 def capture(
@@ -117,8 +124,10 @@ class _Analysis(FQTPass):
             self.saved_bytes += saved_bytes(gm)
 
     def result(self) -> CapturedGraph:
-        choice = self.state.choice.reason if self.state is not None else ""
-        return CapturedGraph(self.sites, choice, self.stages, self.saved_bytes)
+        state = self.state
+        choice = state.choice.reason if state is not None else ""
+        compacted, fused = (state.compacted, state.fused) if state is not None else (CompactedRows(), [])
+        return CapturedGraph(self.sites, choice, self.stages, self.saved_bytes, compacted, fused)
 
 
 class _Unexecuted(fx.Interpreter):

@@ -282,6 +282,8 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     """``max |a - b| / max |b|``; 0 for two zero tensors."""
     if a.shape != b.shape:
         raise CaptureError(f"compare: got shapes {tuple(a.shape)} and {tuple(b.shape)} for the same quantity")
+    if b.dtype in (torch.bool, torch.int64):  # bits: either all are equal or nothing is
+        return float(not torch.equal(a, b))
     largest = float(b.abs().max()) if b.numel() else 0.0
     difference = float((a.float() - b.float()).abs().max()) if b.numel() else 0.0
     return difference / largest if largest > 0 else difference

@@ -22,7 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "float_dtype": ("float32", "bfloat16"),
     "lowering": ("native", "eager"),
 }
-SKIP_GROUPS = ("first", "last", "downsample")
+SKIP_GROUPS = ("first", "last", "downsample", "slow")
+DEFAULT_SKIP = ("first", "last", "downsample")
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"scope": "layer", "prune": "bernoulli", "importance": "range", "prune_weight": "channel"},
@@ -49,8 +50,9 @@ class FQTConfig:
     grad: ``"fqt"``; ``"exact"`` (QAT: packed forward, float gradients); ``"psq"`` (one-bit per row).
     activation: ``"auto"`` picks ``threshold`` where the input is provably non-negative, else ``sign``.
     weight_scale: ``"xnor"`` (mean |W| per output channel) or ``"none"`` (1).
-    skip: layers left in float: the groups ``first``, ``last``, ``downsample``, and module paths or
-        shell patterns such as ``"layer4.*"``.
+    skip: layers left in float: the groups ``first``, ``last``, ``downsample`` and ``slow`` (where the packed layer
+        would be slower on this machine, by a model calibrated once: `kernels.cost`), and module paths or shell
+        patterns such as ``"layer4.*"``.
     min_channels: layers with fewer input or output channels stay in float (packing them wastes words).
     check_finite: debug: raise `NonFiniteError`, naming the layer, when a NaN or Inf reaches a packed layer.
     float_dtype: the products of layers left in float run in ``"float32"`` (as the model says) or in
@@ -74,7 +76,7 @@ class FQTConfig:
     grad: str = "fqt"
     activation: str = "auto"
     weight_scale: str = "xnor"
-    skip: tuple[str, ...] = SKIP_GROUPS
+    skip: tuple[str, ...] = DEFAULT_SKIP
     min_channels: int = 32
     check_finite: bool = False
     float_dtype: str = "float32"

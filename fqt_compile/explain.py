@@ -18,6 +18,7 @@ from torch import nn
 from .capture import CapturedGraph, SiteReport, capture
 from .config import FQTConfig
 from .errors import ConfigError
+from .passes.fuse import FusedActivation
 
 
 @dataclasses.dataclass
@@ -33,6 +34,8 @@ class Report:
     row_choice: where AGP chooses its rows, and why.
     unseen: convolution and linear modules that no captured call uses: not run with these inputs, or hidden from
     the matcher.
+    optimizations: what row compaction and fusion did, and where row compaction had to keep full rows.
+    fused: the activations that go from a product to bits in one pass, with their programs.
     """
 
     config: FQTConfig
@@ -41,12 +44,15 @@ class Report:
     saved_bytes: dict[str, int]
     row_choice: list[str]
     unseen: list[str]
+    optimizations: list[str]
+    fused: list[FusedActivation]
 
     @functools.cached_property
     def kernels(self) -> dict[str, str]:
-        from .kernels import codegen
+        from .kernels import codegen, cpu_float
 
-        return codegen.rendered_sources()
+        programs = dict.fromkeys(cpu_float.parameters_for(f.text, f.dtypes) for f in self.fused)
+        return codegen.rendered_sources(programs)
 
     @property
     def packed(self) -> list[SiteReport]:
@@ -102,6 +108,7 @@ class Report:
                 f"saved for backward: {before:,} bytes float -> {after:,} bytes packed{ratio}",
                 f"gradients: {self.config.gradient_bits} bits, kept fraction {self.config.kept_fraction}",
                 *(f"rows: {reason}" for reason in self.row_choice),
+                *self.optimizations,
                 *(f"module without a call: {name}" for name in self.unseen),
             ]
         )
@@ -133,7 +140,20 @@ def explain(
         saved_bytes={"float32": _saved(plain), "packed": _saved(packed)},
         row_choice=list(dict.fromkeys(graph.row_choice for graph in packed)),
         unseen=_unseen(model, sites),
+        optimizations=[line for graph in packed for line in _optimizations(graph)],
+        fused=[fused for graph in packed for fused in graph.fused],
     )
+
+
+def _optimizations(graph: CapturedGraph) -> list[str]:
+    lines = []
+    if graph.compacted.count:
+        lines.append(f"row compaction: {graph.compacted.count} values of the backward on the kept rows only")
+    lines += [f"row compaction: {reason}" for reason in graph.compacted.reasons]
+    if graph.fused:
+        programs = len({fused.text for fused in graph.fused})
+        lines.append(f"fusion: {len(graph.fused)} activations straight to bits, {programs} programs")
+    return lines
 
 
 def _unseen(model: nn.Module, sites: list[SiteReport]) -> list[str]:

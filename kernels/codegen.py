@@ -144,8 +144,16 @@ def _intact(library: Path) -> bool:
     return False
 
 
+def machine_name() -> str:
+    """The processor as the system names it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()
+
+
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that becomes ``path`` at the end; nobody sees a part of it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".building-", suffix=path.suffix)
     os.close(handle)
@@ -201,12 +209,12 @@ def build(template: str, isa: str, parameters: Parameters = ()) -> Path:
     with _locked(library.with_suffix(".lock")):
         if _intact(library):
             return library
-        with _temporary(readable) as part:
+        with atomic_file(readable) as part:
             part.write_text(source)
-        with _temporary(library) as part:
+        with atomic_file(library) as part:
             _compile(compiler, flags, readable, part)
             checksum = _checksum(part)
-        with _temporary(library.with_suffix(".sha256")) as part:
+        with atomic_file(library.with_suffix(".sha256")) as part:
             part.write_text(checksum)
     return library
 

@@ -40,6 +40,13 @@ def program_parameters(text: str, types: tuple[str, ...]) -> codegen.Parameters:
     )
 
 
+def parameters_for(text: str, dtypes: Sequence[torch.dtype]) -> codegen.Parameters:
+    """`program_parameters` by torch dtypes."""
+    kinds = program.parse(text).operands
+    types = (ELEMENTS[d] if kind == program.FULL else "float" for kind, d in zip(kinds, dtypes, strict=True))
+    return program_parameters(text, tuple(types))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Operand:
     index: int
@@ -61,7 +68,7 @@ def fused_activation(
         native.nhwc_memory(o) if kind == program.FULL else o.to(torch.float32).contiguous()
         for o, kind in zip(operands, kinds, strict=True)
     ]
-    types = tuple(ELEMENTS[o.dtype] for o in memory)
+    parameters = parameters_for(text, [o.dtype for o in memory])
     n, channels, *spatial = operands[kinds.index(program.FULL)].shape
     kernel, stride, padding = (list(window[i : i + 2]) for i in (0, 2, 4))
     size = [*map(int, output_size(spatial, kernel, stride, padding))] if window else spatial
@@ -82,14 +89,7 @@ def fused_activation(
         padding=padding or [0] * len(spatial),
     )
     outputs = (choice("code", code, CODES), threshold, bits, mask, values, below)
-    call(
-        codegen.PROGRAM_TEMPLATE,
-        "fused_activation",
-        *memory,
-        shape,
-        *outputs,
-        parameters=program_parameters(text, types),
-    )
+    call(codegen.PROGRAM_TEMPLATE, "fused_activation", *memory, shape, *outputs, parameters=parameters)
     if code == "threshold":
         reference.warn_unless_finite(threshold.item())
     return (

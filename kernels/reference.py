@@ -149,8 +149,9 @@ def max_pool_gradient(
     row-major order of the windows, starting from zero.
     """
     args = (list(kernel), list(stride), list(padding), [1, 1], False)
-    _, index = torch.ops.aten.max_pool2d_with_indices(x.contiguous(), *args)
-    return torch.ops.aten.max_pool2d_with_indices_backward(g.contiguous(), x.contiguous(), *args, index)
+    x32, g32 = as_float32(x).contiguous(), as_float32(g).contiguous()
+    _, index = torch.ops.aten.max_pool2d_with_indices(x32, *args)
+    return torch.ops.aten.max_pool2d_with_indices_backward(g32, x32, *args, index).to(g.dtype)
 
 
 # -- 2. products: exact integers ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import SKIP_GROUPS, FQTConfig
+from ..kernels import cost
 from .graph import value
 from .sites import Site
 
@@ -25,6 +26,7 @@ def decide(sites: Sequence[Site], config: FQTConfig, fuel: int | None = None) ->
             or unsupported(site, config)
             or skipped(site, sites, config.skip)
             or narrow(site, config.min_channels)
+            or (slow(site, config) if "slow" in config.skip else None)
         )
         if reason is None and fuel is not None and packed >= fuel:
             reason = f"fuel used up (FQT_COMPILE_FUEL={fuel})"
@@ -79,6 +81,19 @@ def narrow(site: Site, min_channels: int) -> str | None:
     if narrowest < min_channels:
         return f"narrow: {site.in_channels} -> {site.out_channels} channels, packed from min_channels={min_channels}"
     return None
+
+
+def slow(site: Site, config: FQTConfig) -> str | None:
+    """Layers that a step in float would compute faster on this machine."""
+    macs = cost.macs_of(value(site.output).shape, site.weight_shape)
+    dtype = str(value(site.output).dtype).removeprefix("torch.")
+    dtype = "bfloat16" if config.float_dtype == "bfloat16" or dtype != "float32" else dtype
+    costs = cost.costs()
+    packed = costs.packed_seconds(macs, config.gradient_bits, float(config.kept_fraction))
+    plain = costs.float_seconds(macs, dtype)
+    if packed < plain:
+        return None
+    return f"slow (skip='slow'): about {1e3 * packed:.2f} ms a step packed, {1e3 * plain:.2f} ms in {dtype}"
 
 
 def unmatched_patterns(sites: Sequence[Site], skip: Sequence[str]) -> list[str]:

@@ -54,20 +54,32 @@ RESULTS = (torch.float32, torch.bfloat16, torch.bool)
 MAX_FULL_OPERANDS = 4
 
 
-def fuse_activations(graph: fx.Graph) -> int:
-    """Fuse what can be fused; returns how many activations were."""
+@dataclasses.dataclass(frozen=True)
+class FusedActivation:
+    """One fused activation: the layer whose input it is, its program, and the dtypes of the program's operands."""
+
+    site: str
+    text: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+def fuse_activations(graph: fx.Graph) -> list[FusedActivation]:
+    """Fuse what can be fused."""
     emitter = Emitter(graph, "fuse")
-    fused = 0
+    fused: list[tuple[str, fx.Node]] = []
     for pack in list(graph.nodes):
         if is_call(pack, fqt.pack_activation.default) and not is_backward(pack):
             region = _Region(graph, arguments(pack)[0], live_nodes(graph))
             if region.statements:
                 made = provenance(pack)
-                _replace(emitter, pack, region, made.site if made else "step")
-                fused += 1
+                site = made.site if made else "step"
+                fused.append((site, _replace(emitter, pack, region, site)))
     graph.eliminate_dead_code()
     _narrow_products(graph)
-    return fused
+    return [
+        FusedActivation(site, arguments(node)[1], tuple(value(n).dtype for n in arguments(node)[0]))
+        for site, node in fused
+    ]
 
 
 Vector = fx.Node | float | tuple[Any, "Vector", "Vector"]
@@ -295,7 +307,7 @@ def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
     return None
 
 
-def _replace(emitter: Emitter, pack: fx.Node, region: _Region, site: str) -> None:
+def _replace(emitter: Emitter, pack: fx.Node, region: _Region, site: str) -> fx.Node:
     x, threshold, *after = arguments(pack)
     readers = _readers(x, region.live)
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
@@ -319,6 +331,8 @@ def _replace(emitter: Emitter, pack: fx.Node, region: _Region, site: str) -> Non
     if readers.others:
         kept = at.cast("fused", values, value(x).dtype)
         x.replace_all_uses_with(kept, delete_user_cb=lambda user: user in readers.others)
+    fused: fx.Node = arguments(bits)[0]
+    return fused
 
 
 def _vector(at: Insertion, vector: Vector) -> Any:

@@ -51,6 +51,7 @@ class State:
     seed: fx.Node | None = None
     step_rows: fx.Node | None = None
     compacted: compact.CompactedRows = dataclasses.field(default_factory=compact.CompactedRows)
+    fused: list[fuse.FusedActivation] = dataclasses.field(default_factory=list)
     facts: set[str] = dataclasses.field(default_factory=lambda: {"graph"})
 
 
@@ -121,7 +122,7 @@ def _moments(state: State) -> None:
 
 
 def _fuse(state: State) -> None:
-    fuse.fuse_activations(state.graph)
+    state.fused = fuse.fuse_activations(state.graph)
     fuse.fuse_weight_gradients(state.graph)
 
 

@@ -142,7 +142,8 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     x.view(-1)[:: max(1, x.numel() // 5)] = math.nan
     for window in (([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([2, 1], [1, 3], [1, 0])):
         g = torch.randn(*x.shape[:2], *output_size(layer.size, *window), generator=_seeded(layer))
-        made["max_pool_gradient"] += [(g, v, *window) for v in (x, x.movedim(1, -1).contiguous().movedim(-1, 1))]
+        variants = ((g, x), (g, x.movedim(1, -1).contiguous().movedim(-1, 1)), (g, x.bfloat16()), (g.bfloat16(), x))
+        made["max_pool_gradient"] += [(*operands, *window) for operands in variants]
     return made
 
 

@@ -1,0 +1,246 @@
+"""Row compaction, exact statistics, fusion, float layers, the cost model: what they do to graphs, and to no number."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from conftest import SmallNet, small_batch, step_gradients
+from test_passes import operations
+from torch import nn
+
+import fqt_compile
+from fqt_compile import FQTConfig, explain
+from fqt_compile.capture import CapturedGraph, capture
+from fqt_compile.errors import FQTWarning, UnsupportedInputError
+from fqt_compile.kernels import cost, program
+from fqt_compile.models import small_vgg
+
+BATCH, KEPT = 8, 2
+
+
+def captured(model: nn.Module, x: torch.Tensor, **options) -> CapturedGraph:
+    (graph,) = capture(model, (x,), {}, FQTConfig.from_options(options), rewrite=True)
+    return graph
+
+
+def images(size: int = 32) -> torch.Tensor:
+    return torch.randn(BATCH, 3, size, size)
+
+
+def assert_same_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, tolerance: float = 1e-4, **options) -> None:
+    """Native kernels inside Inductor, and the interpreted graph, against eager FQT."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, 0, 0.3)
+    expected = step_gradients(fqt_compile.eager(model, options), x, y)
+    for lowering in ("native", "eager"):
+        torch._dynamo.reset()
+        step = torch.compile(model, backend="fqt1bit", options={**options, "lowering": lowering})
+        loss, gradients = step_gradients(step, x, y)
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        for name, gradient in expected[1].items():
+            assert (gradients[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), (lowering, name)
+
+
+# -- row compaction ------------------------------------------------------------------------------------------
+
+
+def test_below_the_cut_no_float_tensor_has_the_whole_batch():
+    graph = captured(small_vgg(10), images())
+    lines = graph.stages["layout"].splitlines()
+    below = lines[next(i for i, line in enumerate(lines) if "fqt.keep_rows" in line) :]
+    whole = [line for line in below if re.match(rf"\w+: (float32|int32|int16|bool)\[{BATCH}, \d+, \d+, \d+\]", line)]
+    assert whole == []
+    after = operations(graph.stages["layout"])
+    assert after["fqt.scatter_rows"] == after["fqt.prune_rows"] == after["aten.scatter_add"] == 0
+    assert after["fqt.max_pool_gradient"] == 2
+    assert graph.compacted.count > 20
+    assert graph.compacted.reasons == []
+
+
+def test_forward_values_are_computed_again_from_bits_and_masks_of_junctions_are_bits():
+    graph = captured(SmallNet(norm=True), images(8))
+    after = operations(graph.stages["compact"])
+    assert after["fqt.output_product"] == 3 + 2  # two BatchNorms read their input again
+    assert after["aten.convolution"] == 2 + 1  # the stem again, for its ReLU
+    assert after["fqt.pack_bool"] == 1  # the ReLU behind the last addition; the others have a short history
+
+
+class Mixing(nn.Module):
+    """Between two packed layers an operator that mixes the rows of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.last(torch.relu(self.third(x + torch.flip(x, [0]))))
+
+
+def test_an_operator_that_mixes_rows_keeps_full_rows_and_is_named():
+    graph = captured(Mixing(), torch.randn(BATCH, 64))
+    (reason,) = graph.compacted.reasons
+    assert "rev" in reason  # what flip became
+    assert operations(graph.stages["compact"])["fqt.scatter_rows"] == 1
+    torch.manual_seed(1)
+    assert_same_step(Mixing(), torch.randn(BATCH, 64), torch.arange(BATCH))
+
+
+class PreActivation(nn.Module):
+    """BatchNorm on the way around a packed layer: rows without gradient get values again, which must not be dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(32) for _ in range(3))
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for conv, norm in zip(self.blocks, self.norms, strict=True):
+            x = x + conv(torch.relu(norm(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [PreActivation, lambda: small_vgg(10), lambda: SmallNet(norm=True)])
+def test_compaction_and_fusion_equal_eager_fqt(build):
+    torch.manual_seed(3)
+    x, y = small_batch(BATCH, 8)
+    assert_same_step(build(), x, y, tolerance=2e-3)
+
+
+def test_bernoulli_is_not_compacted():
+    graph = captured(SmallNet(), images(8), prune="bernoulli")
+    assert graph.compacted.count == 0
+    assert operations(graph.stages["layout"])["fqt.prune_rows"] == 1
+
+
+# -- exact statistics and fusion -----------------------------------------------------------------------------
+
+
+def test_vgg_has_no_float_activation_between_packed_layers():
+    graph = captured(small_vgg(10), images())
+    lines = graph.stages["layout"].splitlines()
+    forward = lines[: next(i for i, line in enumerate(lines) if "tangents_1" in line and "mm" in line)]
+    floats = [line for line in forward if re.match(rf"\w+: float32\[{BATCH}, \d+, \d+, \d+\] =", line)]
+    assert [line.split(" = ")[1].split(".")[1] for line in floats[:1]] == ["convolution"]  # the float stem
+    behind_the_last = [line for line in floats[1:] if "128, 8, 8" not in line and "128, 1, 1" not in line]
+    assert behind_the_last == []
+    after = operations(graph.stages["layout"])
+    assert after["fqt.fused_activation"] == 4
+    assert after["fqt.channel_moments"] == 4
+    assert after["fqt.grad_weight"] == 4
+    assert after["fqt.activation_threshold"] == after["fqt.weight_gradient"] == 0
+
+
+def test_programs_fold_batch_norm_and_pool():
+    fused = captured(small_vgg(10), images()).fused
+    assert [f.site for f in fused] == ["4", "7", "11", "14"]
+    folded = "full,channel,channel|t0=mul(x0,x1)|t1=add(t0,x2)|t2=relu(t1)"
+    assert [f.text for f in fused] == [f"{folded}|t3=pool(t2)", folded, f"{folded}|t3=pool(t2)", folded]
+    assert fused[0].dtypes[0] == torch.float32  # the stem
+    assert [f.dtypes[0] for f in fused[1:]] == [torch.int16] * 3
+
+
+@pytest.mark.parametrize(
+    ("activation", "text"),
+    [
+        (nn.ReLU, "relu"),
+        (nn.PReLU, "where"),
+        (nn.Hardtanh, "minimum"),
+        (nn.ReLU6, "minimum"),
+    ],
+)
+def test_other_activations_are_fused_and_equal_eager(activation, text):
+    torch.manual_seed(3)  # with some seeds rounding moves one code by a step
+    model, (x, y) = SmallNet(norm=True, activation=activation), small_batch()
+    assert any(text in f.text for f in captured(model, x).fused)
+    assert_same_step(model, x, y, tolerance=2e-3)
+
+
+def test_an_activation_that_others_read_is_written_once():
+    graph = captured(SmallNet(norm=True), images(8))
+    values = [line for line in graph.stages["layout"].splitlines() if "fqt.fused_activation" in line]
+    assert any(", True, " in line or ", True)" in line for line in values)  # the residual reads it
+
+
+def test_what_programs_cannot_say_stays_outside():
+    graph = captured(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), torch.randn(4, 64), skip=[])
+    assert graph.fused == []
+    assert operations(graph.stages["layout"])["fqt.pack_activation"] == 2
+
+
+def test_wrong_programs_are_refused():
+    with pytest.raises(UnsupportedInputError, match=r"t0=tanh\(x0\).*accepted"):
+        program.parse("full|t0=tanh(x0)")
+    with pytest.raises(UnsupportedInputError, match="reads.*x7"):
+        program.parse("full|t0=add(x0,x7)")
+
+
+def test_explain_says_what_was_optimized():
+    report = explain(small_vgg(10), images())
+    assert "values of the backward on the kept rows only" in str(report)
+    assert "4 activations straight to bits, 2 programs" in str(report)
+    programs = [source for name, source in report.kernels.items() if name.startswith("fused_activation")]
+    assert len(programs) == 3  # one of the two programs reads float and int16
+    assert all("t2 = t1 <= 0 ? 0.0f : t1" in source for source in programs)
+
+
+# -- options -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", ["small_vgg", "SmallNet"])
+def test_autocast_with_max_pooling_and_skips(network):
+    model, x, y = (small_vgg(10) if network == "small_vgg" else SmallNet(norm=True)), *small_batch(BATCH, 16)
+    if network == "SmallNet":
+        x, y = small_batch(BATCH, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = step_gradients(torch.compile(model, backend="fqt1bit"), x, y)
+        torch._dynamo.reset()
+        oracle, _ = step_gradients(torch.compile(model, backend="fqt1bit", options={"lowering": "eager"}), x, y)
+    assert loss == pytest.approx(oracle, rel=0.02)
+    assert all(torch.isfinite(g).all() for g in gradients.values())
+
+
+def test_float_layers_in_bfloat16():
+    graph = captured(SmallNet(norm=True), images(8), float_dtype="bfloat16")
+    lines = graph.stages["layout"].splitlines()
+    products = [line for line in lines if " = aten.convolution.default" in line]
+    assert products
+    assert all(": bfloat16[" in line for line in products)
+    assert operations(graph.stages["layout"])["fqt.output_product"] == 5
+
+
+def test_layers_slower_than_float_stay_in_float_if_asked_to(monkeypatch):
+    slow, fast = cost.Line(1.0, 1.0), cost.Line(0.0, 1e12)
+    for packed, other, decision in ((slow, fast, "float"), (fast, slow, "packed")):
+        monkeypatch.setattr(cost, "costs", lambda p=packed, o=other: cost.Costs(p, o, o))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FQTWarning)  # nothing is packed
+            sites = explain(SmallNet(), images(8), config={"skip": ["first", "last", "slow"]}).sites
+        assert {s.decision for s in sites if s.name in ("conv1", "conv2", "fc1")} == {decision}
+        if decision == "float":
+            assert "skip='slow'" in next(s.reason for s in sites if s.name == "conv1")
+
+
+def test_costs_are_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FQT_COMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cost, "REPEATS", 1)
+    cost._costs.cache_clear()
+    measured = cost.costs()
+    assert measured.packed.rate > 0
+    cost._costs.cache_clear()
+    monkeypatch.setattr(cost, "_packed", lambda layer: pytest.fail("measured twice"))
+    assert cost.costs() == measured
+    cost._costs.cache_clear()
+
+
+def test_a_line_through_two_points():
+    line = cost.Line.through((10.0, 2.0), (30.0, 3.0))
+    assert line == cost.Line(overhead=1.5, rate=20.0)
+    assert line.seconds(50.0) == 4.0
