@@ -28,7 +28,7 @@ class Isa:
     compile_flags: tuple[str, ...] = ()
 
 
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vpopcntdq", "gfni")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vpopcntdq", "gfni", "bmi2")
 _AVX512_CPU = frozenset(_AVX512) - {"avx512vbmi", "avx512vpopcntdq"} | {"avx512vbmi", "avx512_vpopcntdq"}
 
 ISAS = {

@@ -7,7 +7,9 @@
 //         threshold: |q & x|            sign: 2 |q & x| - |q & inside|      (|.| weighted by 2**plane)
 //
 // Phase 1 lays out, for every tap, the bits of x along m: panels [tap][C_i/16][W][16]; bits of positions whose
-// pixel is counted the image, or whose row is unused, are clear, and `inside` [tap][W] says which those are.
+// pixel is outside the image, or whose row is unused, are clear, and `inside` [tap][W] says which those are. On small
+// images a tap has many of these: where the CPU extracts bits quickly, such a tap is made dense. Positions outside are
+// then left out of x and of the lanes, and the product shrinks with them.
 // Phase 2 is an and-popcount matrix product. Positions are processed in pieces, so that one piece of a panel stays
 // in L1 while all bit planes pass, and memory is bounded; pieces add up in acc. After the last piece the 8 output
 // channels of a unit may be finished while they are in cache (grad_weight): dequantized, and through the binarization.
@@ -19,6 +21,15 @@ struct Geometry {
 };
 
 constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel
+#if defined(__AVX512VPOPCNTDQ__) && defined(__BMI2__)
+constexpr bool EXTRACTS = true;
+INLINE u64 extract(u64 bits, u64 mask) { return _pext_u64(bits, mask); }
+#else
+constexpr bool EXTRACTS = false;
+INLINE u64 extract(u64 bits, u64) { return bits; }
+#endif
+// A tap is made dense if less than this part of its positions is inside.
+constexpr i64 DENSE_BELOW = 7, DENSE_OF = 8;
 
 struct GradWeight {
   Geometry g;
@@ -29,6 +40,9 @@ struct GradWeight {
   i64 taps, panels, tap_panels;
   u64 *columns, *inside;  // [tap][panels][words][16]; [tap_panels][words][16], a column is a tap
   i32* inside_counts;     // [C_o, padded][tap_panels * 16]
+  u64* dense_lanes;       // [tap][bits][tiles][words][8]
+  std::vector<i64> filled;  // by tap: words of its columns that hold positions
+  std::vector<char> dense;  // by tap
 
   i64 positions() const { return used * g.out_h * g.out_w; }
   i64 tiles() const { return ceil_div(g.out_channels, TILE); }
@@ -60,24 +74,90 @@ struct GradWeight {
     }
   }
 
-  // Phase 1 for one word of positions; `word` counts from `first`, the start of the piece.
+  u64 inside_of(i64 tap, i64 word, i64 words) const {
+    return inside[(tap / PANEL * words + word) * PANEL + tap % PANEL];
+  }
+
+  // Which positions of a word every tap has inside.
+  void locate_inside(i64 word, i64 first, i64 words) const {
+    Pixels pixels;
+    locate(first + word, pixels);
+    for (i64 tap = 0; tap < tap_panels * PANEL; ++tap) {
+      const u64 valid = tap < taps ? pixels.rows[tap / g.kernel_w] & pixels.columns[tap % g.kernel_w] : 0;
+      inside[(tap / PANEL * words + word) * PANEL + tap % PANEL] = valid;
+    }
+  }
+
+  // Decide which taps are made dense, and how many words each has then.
+  void choose_dense(i64 words) {
+    dense.assign(taps, false);
+    filled.assign(taps, words);
+    if (!EXTRACTS) return;
+    for (i64 tap = 0; tap < taps; ++tap) {
+      i64 count = 0;
+      for (i64 word = 0; word < words; ++word) count += __builtin_popcountll(inside_of(tap, word, words));
+      if (count * DENSE_OF >= words * WORD * DENSE_BELOW) continue;
+      dense[tap] = true;
+      filled[tap] = ceil_div(count, WORD);
+    }
+  }
+
+  // Both operands of a dense tap, phase 1.
+  void make_dense(i64 tap, i64 first, i64 words, const u64* zeros) const {
+    const i64 shift = (tap / g.kernel_w * g.in_w + tap % g.kernel_w) * g.words;
+    const u64* source[WORD];
+    i64 pending = 0, done = 0;
+    Pixels pixels;
+    for (i64 word = 0; word < words; ++word) {
+      locate(first + word, pixels);
+      for (u64 valid = inside_of(tap, word, words); valid; valid &= valid - 1) {
+        source[pending++] = x + (pixels.offset[__builtin_ctzll(valid)] + shift);
+        if (pending == WORD) store_column(source, tap, done++, words), pending = 0;
+      }
+    }
+    if (pending) {
+      std::fill(source + pending, source + WORD, zeros);
+      store_column(source, tap, done, words);
+    }
+    for (i64 unit = 0; unit < bits * tiles(); ++unit) extract_lanes(tap, unit, first, words);
+  }
+
+  // The lanes of one plane and 8 channels at the positions that a tap has inside, one after the other.
+  void extract_lanes(i64 tap, i64 unit, i64 first, i64 words) const {
+    const u64* from = lanes + (unit * total_words + first) * LANE_TILE;
+    u64* to = dense_lanes + (tap * bits * tiles() + unit) * words * LANE_TILE;
+    std::memset(to, 0, filled[tap] * LANE_TILE * sizeof(u64));
+    i64 bit = 0;
+    for (i64 word = 0; word < words; ++word) {
+      const u64 mask = inside_of(tap, word, words);
+      const i64 offset = bit % WORD, count = __builtin_popcountll(mask);
+      u64* at = to + bit / WORD * LANE_TILE;
+      for (int r = 0; r < LANE_TILE; ++r) {
+        const u64 taken = extract(from[word * LANE_TILE + r], mask);
+        at[r] |= taken << offset;
+        if (offset + count > WORD) at[LANE_TILE + r] |= taken >> (WORD - offset);
+      }
+      bit += count;
+    }
+  }
+
+  // Phase 1 of the other taps for one word of positions; `word` counts from `first`, the start of the piece.
   void gather(i64 word, i64 first, i64 words, const u64* zeros) const {
     Pixels pixels;
     locate(first + word, pixels);
     for (i64 tap = 0; tap < taps; ++tap) {
-      const i64 th = tap / g.kernel_w, tw = tap % g.kernel_w;
-      const u64 valid = pixels.rows[th] & pixels.columns[tw];
-      inside[(tap / PANEL * words + word) * PANEL + tap % PANEL] = valid;
-      gather_tap(pixels, valid, (th * g.in_w + tw) * g.words, tap, word, words, zeros);
+      if (dense[tap]) continue;
+      const i64 shift = (tap / g.kernel_w * g.in_w + tap % g.kernel_w) * g.words;
+      const u64 valid = inside_of(tap, word, words);
+      const u64* source[WORD];
+      for (int i = 0; i < WORD; ++i) source[i] = valid >> i & 1 ? x + (pixels.offset[i] + shift) : zeros;
+      store_column(source, tap, word, words);
     }
-    for (i64 tap = taps; tap < tap_panels * PANEL; ++tap)
-      inside[(tap / PANEL * words + word) * PANEL + tap % PANEL] = 0;
   }
 
-  void gather_tap(const Pixels& pixels, u64 valid, i64 shift, i64 tap, i64 word, i64 words, const u64* zeros) const {
-    const u64* source[WORD];
+  // Word `word` of all columns of a tap: 64 pixels, transposed.
+  void store_column(const u64* const* source, i64 tap, i64 word, i64 words) const {
     alignas(64) u64 block[WORD];
-    for (int i = 0; i < WORD; ++i) source[i] = valid >> i & 1 ? x + (pixels.offset[i] + shift) : zeros;
     for (i64 cw = 0; cw < g.words; ++cw) {
       for (int i = 0; i < WORD; ++i) block[i] = source[i][cw];
       transpose64(block);
@@ -93,6 +173,10 @@ struct GradWeight {
     return {lanes + (tile * total_words + first) * LANE_TILE, tiles() * total_words};
   }
 
+  LaneTile dense_tile(i64 tap, i64 tile, i64 words) const {
+    return {dense_lanes + (tap * bits * tiles() + tile) * words * LANE_TILE, tiles() * words};
+  }
+
   // |q & inside| of 8 output channels under 16 taps.
   void count_inside(i64 tile, i64 tap_panel, i64 first, i64 words) const {
     const Run run{0, 0, words};
@@ -104,7 +188,7 @@ struct GradWeight {
   // Phase 2 for one tap, 8 output channels and 16 input channels.
   template <bool SIGN>
   void multiply(i64 tap, i64 tile, i64 panel, i64 first, i64 words, i32* acc) const {
-    const Run run{0, 0, words};
+    const Run run{0, 0, filled[tap]};
     const i64 columns_left = g.in_channels - panel * PANEL;
     const int rows = int(std::min<i64>(TILE, g.out_channels - tile * TILE));
     i32* to = acc + (tile * TILE * taps + tap) * g.in_channels + panel * PANEL;
@@ -124,7 +208,8 @@ struct GradWeight {
       }
       store_counts(row, columns_left, low, high);
     };
-    count_tile<And>(lane_tile(tile, first), int(bits), &run, 1, column(tap, panel, words), store);
+    const LaneTile rows_of = dense[tap] ? dense_tile(tap, tile, words) : lane_tile(tile, first);
+    count_tile<And>(rows_of, int(bits), &run, 1, column(tap, panel, words), store);
   }
 
   static void load_counts(const i32* from, i64 columns, Half* to) {
@@ -137,8 +222,8 @@ struct GradWeight {
   void sum_codes(i64 tap, i64 panel, i64 first, i64 words, bool sign, i32* code_sum) const {
     const u64 *bits_of = column(tap, panel, words), *valid = inside + tap / PANEL * words * PANEL + tap % PANEL;
     u64 counts[PANEL] = {}, products = 0;
-    for (i64 k = 0; k < words; ++k) {
-      products += __builtin_popcountll(valid[k * PANEL]);
+    for (i64 k = 0; k < words; ++k) products += __builtin_popcountll(valid[k * PANEL]);
+    for (i64 k = 0; k < filled[tap]; ++k) {
       for (int c = 0; c < PANEL; ++c) counts[c] += __builtin_popcountll(bits_of[k * PANEL + c]);
     }
     for (i64 c = panel * PANEL; c < std::min(g.in_channels, (panel + 1) * PANEL); ++c) {
@@ -166,7 +251,7 @@ struct GradWeight {
 
   template <class Finish>
   void run(bool sign, i32* acc, i32* code_sum, i64 threads, Finish finish) {
-    static thread_local Buffer buffer, counts_buffer;
+    static thread_local Buffer buffer, counts_buffer, dense_buffer;
     const i64 words = ceil_div(positions(), WORD);  // words of unused rows hold no code
     const i64 piece = std::min(PIECE, words);
     columns = buffer.get<u64>((taps * panels + tap_panels) * piece * PANEL);
@@ -175,8 +260,15 @@ struct GradWeight {
     const std::vector<u64> zeros(g.words);
     for (i64 first = 0; first < words; first += piece) {
       const i64 count = std::min(piece, words - first);
-      parallel_for(count, useful_threads(taps * count * g.words * WORD, threads),
-                   [&](i64 word) { gather(word, first, count, zeros.data()); });
+      const i64 gathering = useful_threads(taps * count * g.words * WORD, threads);
+      for (i64 word = 0; word < count; ++word) locate_inside(word, first, count);
+      choose_dense(count);
+      if (std::find(dense.begin(), dense.end(), 1) != dense.end())
+        dense_lanes = dense_buffer.get<u64>(taps * bits * tiles() * count * LANE_TILE);
+      parallel_for(count, gathering, [&](i64 word) { gather(word, first, count, zeros.data()); });
+      parallel_for(taps, gathering, [&](i64 tap) {
+        if (dense[tap]) make_dense(tap, first, count, zeros.data());
+      });
       const i64 useful = useful_threads(count * g.out_channels * taps * panels, threads);
       if (sign) multiply_all<true>(first, count, acc, code_sum, useful, finish);
       else multiply_all<false>(first, count, acc, code_sum, useful, finish);

@@ -9,17 +9,16 @@ static const float* nhwc_channel(const float* from, i64 channels, i64 taps, bool
   return to;
 }
 
-// g sign(w), without a branch
-INLINE float times_sign(float g, float w) { return bits_float(float_bits(g) ^ (w < 0 ? float_bits(-0.0f) : 0)); }
+INLINE float times_sign(float g, float w) { return w < 0 ? -g : g; }
 
 // alpha [|W| <= 1] grad_hat, plus sign(W) mean(grad_hat sign(W)) for xnor, of n values
 template <bool XNOR>
-static void channel_gradient(const float* grad_hat, const float* w, i64 n, float scale, float* grad) {
+static void channel_gradient(const float* __restrict grad_hat, const float* __restrict w, i64 n, float scale,
+                             float* __restrict grad) {
   float mean = 0;
   if (XNOR) mean = lane_sum(n, [&](i64 i) { return times_sign(grad_hat[i], w[i]); }) / float(n);
   for (i64 i = 0; i < n; ++i) {
-    const u32 inside = std::fabs(w[i]) <= 1 ? ~u32(0) : 0;
-    const float passed = bits_float(float_bits(scale * grad_hat[i]) & inside);
+    const float scaled = scale * grad_hat[i], passed = std::fabs(w[i]) <= 1 ? scaled : 0.0f;
     grad[i] = XNOR ? passed + times_sign(mean, w[i]) : passed;
   }
 }
