@@ -22,12 +22,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .config import FQTConfig
 from .errors import ConfigError, FQTWarning
+from .kernels import gpu
 from .kernels.codegen import find_compiler
+from .kernels.gpu_launch import require_triton
 from .kernels.reference_ops import OPERATIONS
 from .passes.decide import unmatched_patterns
 from .passes.pipeline import State, fuel_from_environment, run_pipeline
 
-SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*")
+SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*", "kernels/templates/triton/*")
 
 
 @functools.cache
@@ -84,12 +86,24 @@ def fqt1bit(
     joint_pass = FQTPass(config, parameter_names(gm, example_inputs))
     if config.lowering == "eager":
         return compile_interpreted(gm, example_inputs, joint_pass, ReferenceInterpreter)
-    find_compiler()  # at once and in our words, rather than from the depths of a compilation
+    if config.lowering == "triton":
+        require_triton(device_types(example_inputs))
+        return compile_interpreted(gm, example_inputs, joint_pass, TritonInterpreter)
+    # At once and in our words, rather than from the depths of a compilation.
+    if "cuda" in device_types(example_inputs):
+        require_triton(["cuda"])
+    else:
+        find_compiler()
     # Donated buffers save a little memory and forbid retain_graph=True; torch checks the setting again when the
     # backward runs, so it cannot be changed for one compilation only.
     torch._functorch.config.donated_buffer = False
     compiled: Any = compile_fx(gm, example_inputs, config_patches={"joint_custom_pre_pass": joint_pass})
     return compiled
+
+
+def device_types(example_inputs: Sequence[Any]) -> set[str]:
+    """``cpu``, ``cuda``, ... of the tensors among a graph's inputs."""
+    return {example.device.type for example in example_inputs if isinstance(example, torch.Tensor)}
 
 
 def compile_interpreted(
@@ -132,10 +146,18 @@ class NativeInterpreter(fx.Interpreter):
 class ReferenceInterpreter(NativeInterpreter):
     """Runs a rewritten graph with the reference operations: the oracle, which needs no compiler."""
 
+    operations: Mapping[str, Callable[..., Any]] = OPERATIONS
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(target, "namespace", None) == "fqt":
-            target = OPERATIONS[target._schema.name.removeprefix("fqt::")]
+            target = self.operations[target._schema.name.removeprefix("fqt::")]
         return super().call_function(target, args, kwargs)
+
+
+class TritonInterpreter(ReferenceInterpreter):
+    """Runs a rewritten graph with the Triton kernels, on whatever device its tensors are."""
+
+    operations = gpu.OPERATIONS
 
 
 def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str | None]:

@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "grad": ("fqt", "exact", "psq"),
     "activation": ("auto", "sign", "threshold"),
     "weight_scale": ("xnor", "none"),
-    "lowering": ("native", "eager"),
+    "lowering": ("native", "eager", "triton"),
 }
 SKIP_GROUPS = ("first", "last", "downsample")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -53,7 +53,8 @@ class FQTConfig:
     min_channels: layers with fewer input or output channels stay in float (packing them wastes words).
     check_finite: debug: raise `NonFiniteError`, naming the layer, when a NaN or Inf reaches a packed layer.
     lowering: ``"native"`` generated kernels inside Inductor; ``"eager"`` interprets the same rewritten
-        graph with the reference operations (the oracle; needs no compiler).
+        graph with the reference operations (the oracle; needs no compiler); ``"triton"`` interprets it with the
+        generated Triton kernels, on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``; tests the GPU path).
 
     Raises
     ------

@@ -64,17 +64,21 @@ _libraries: dict[tuple[str, str], ctypes.CDLL] = {}
 _lock = threading.Lock()
 
 
-def render(template: str) -> str:
-    """The C++ source of a template; self-contained."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+def environment(directory: Path) -> jinja2.Environment:
+    """Templates of a directory, strict about undefined names."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(directory),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
     )
-    return environment.get_template(f"{template}.cpp").render(PARAMETERS)
+
+
+def render(template: str) -> str:
+    """The C++ source of a template; self-contained."""
+    return environment(TEMPLATES).get_template(f"{template}.cpp").render(PARAMETERS)
 
 
 def rendered_sources() -> dict[str, str]:
@@ -138,7 +142,7 @@ def _intact(library: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that becomes ``path`` at the end; nobody sees a part of it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".building-", suffix=path.suffix)
     os.close(handle)
@@ -194,12 +198,12 @@ def build(template: str, isa: str) -> Path:
     with _locked(library.with_suffix(".lock")):
         if _intact(library):
             return library
-        with _temporary(readable) as part:
+        with replacing(readable) as part:
             part.write_text(source)
-        with _temporary(library) as part:
+        with replacing(library) as part:
             _compile(compiler, flags, readable, part)
             checksum = _checksum(part)
-        with _temporary(library.with_suffix(".sha256")) as part:
+        with replacing(library.with_suffix(".sha256")) as part:
             part.write_text(checksum)
     return library
 

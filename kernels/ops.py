@@ -8,6 +8,7 @@ through the tag ``needs_fixed_stride_order``, so that nothing is copied.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -277,16 +278,16 @@ def _register() -> None:
             tags.append(torch.Tag.nondeterministic_seeded)
         _LIBRARY.define(name + schema, tags=tags)
         torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_LIBRARY)
-        _LIBRARY.impl(name, _native(name), "BackendSelect" if name == "draw_seed" else "CPU")
+        _LIBRARY.impl(name, _native(name, "cpu"), "BackendSelect" if name == "draw_seed" else "CPU")
+        if name != "draw_seed":
+            _LIBRARY.impl(name, _native(name, "gpu"), "CUDA")  # of CUDA and ROCm
 
 
-def _native(name: str) -> Callable[..., Any]:
-    """The CPU kernel of an operation; the module that needs a compiler is imported on the first call."""
+def _native(name: str, module: str) -> Callable[..., Any]:
+    """The kernel of an operation in ``cpu`` or ``gpu``, which is imported on the first call: it needs a compiler."""
 
     def call(*args: Any) -> Any:
-        from . import cpu
-
-        return cpu.OPERATIONS[name](*args)
+        return importlib.import_module(f"{__package__}.{module}").OPERATIONS[name](*args)
 
     return call
 
