@@ -47,8 +47,7 @@ def _conv_product(
     """x: ``[planes, N, *S, words]`` (without planes for activations); writes ``acc`` ``[N, C, *S_out]``."""
     channels, words, kernel = acc.shape[1], x.shape[-1], w.shape[1:-2]
     n, pixels, in_pixels = acc.shape[0], acc.numel() // max(channels, 1), x.numel() // planes // max(words, 1)
-    strategy = gpu_strategy.choose("conv_product", pixels, channels, planes)
-    tile = TILES["conv_product", strategy][0]
+    strategy, tile = gpu_strategy.choose("conv_product", pixels, channels, planes)
     plain = math.prod(kernel) == 1 and all(s == 1 for s in stride) and not any(padding)
     epilogue = "none" if scale is None else "scale" if bias is None else "scale+bias"
     made, constants = _product_spec(
@@ -174,8 +173,7 @@ def grad_weight_product(
     native.require_int32("grad_weight_product", 2**bits - 1, positions)
     acc = empty_nhwc(g, [out_channels, in_channels, *kernel], torch.int32).zero_()
     code_sum = empty_nhwc(g, [1, in_channels, *kernel], torch.int32).zero_()
-    strategy = gpu_strategy.choose("grad_weight_product", out_channels, in_channels, bits)
-    tile = TILES["grad_weight_product", strategy][0]
+    strategy, tile = gpu_strategy.choose("grad_weight_product", out_channels, in_channels, bits)
     transposed = taps * groups * words * WORD
     offset = offset_type(acc.numel(), x.numel(), g.numel(), positions, transposed)
     made, constants = _product_spec("grad_weight_product", strategy, tile, bits=bits, code=code, offset=offset)

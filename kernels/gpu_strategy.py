@@ -2,16 +2,15 @@
 
 ``popcount``     xor or and of 64-bit words and a population count: 16 counts of 32 bits per clock and
                  multiprocessor (NVIDIA, compute capability 8.0 and 9.0); b bit planes cost b times as much
-``tensor-core``  bits and codes are unpacked in registers to int8 and multiplied by `tl.dot`: 1024 (A100) or 2048 (H100)
-                 products per clock, whatever the number of bits, but 4 integer operations per unpacked
-                 element, of which 64 are done per clock
+``tensor-core``  bits and codes are unpacked in registers to int8 and multiplied by `tl.dot`: 1024 products per clock
+                 (A100; twice that on H100), whatever the number of bits, but 4 integer operations per unpacked
+                 bit (shift, mask, scale or add, and its share of converting and storing), of which 64 are done
+                 per clock
 
-The rule (`choose`): the strategy with fewer estimated clocks for one tile and one word of the packed axis. Codes of
-8 bits do not fit a signed byte, so they are always counted. ``FQT_COMPILE_GPU_STRATEGY`` or `force_strategy` override
-the rule. docs/gpu.md derives the numbers; none has been measured.
-
-Tiles: the first of `TILES` is used unless ``FQT_COMPILE_AUTOTUNE=1`` lets Triton time all of them on the first call
-of every shape.
+The rule (`choose`): the strategy and the tile with the fewest estimated clocks of an A100 for the whole product. Codes
+of 8 bits do not fit a signed byte, so they are always counted. ``FQT_COMPILE_GPU_STRATEGY`` or `force_strategy` fix the
+strategy. ``FQT_COMPILE_AUTOTUNE=1`` lets Triton time all tiles of the chosen strategy on the first call of every shape.
+docs/gpu.md derives the numbers; none has been measured.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from .gpu_codegen import interpreted
+from .packing import WORD, ceil_div
 
 ENVIRONMENT = "FQT_COMPILE_GPU_STRATEGY"
 AUTOTUNE = "FQT_COMPILE_AUTOTUNE"
 STRATEGIES = ("popcount", "tensor-core")
 AUTO = "auto"
 MAX_INT8_BITS = 7
-WORD = 64
 COUNTS_PER_CLOCK = 16
 PRODUCTS_PER_CLOCK = 1024
 UNPACK_OPERATIONS = 4
 OPERATIONS_PER_CLOCK = 64
+MULTIPROCESSORS = 108
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Tile:
 
 
 TILES = {
-    ("conv_product", "popcount"): (Tile(64, 32), Tile(32, 32), Tile(64, 64), Tile(128, 32, 8)),
-    ("conv_product", "tensor-core"): (Tile(128, 128, 8), Tile(64, 64), Tile(128, 64), Tile(64, 128), Tile(128, 256, 8)),
-    ("grad_weight_product", "popcount"): (Tile(32, 32), Tile(64, 32), Tile(64, 64)),
-    ("grad_weight_product", "tensor-core"): (Tile(64, 64), Tile(128, 64), Tile(32, 64)),
+    ("conv_product", "popcount"): (Tile(64, 32), Tile(32, 32)),
+    ("conv_product", "tensor-core"): (Tile(128, 128, 8), Tile(64, 64)),
+    ("grad_weight_product", "popcount"): (Tile(64, 32, 8), Tile(32, 32)),
+    ("grad_weight_product", "tensor-core"): (Tile(64, 128, 8), Tile(64, 64, 8)),
 }
-"""Autotuning configurations by kernel and strategy; the default first."""
+"""Tiles, which are also the autotuning configurations, by kernel and strategy."""
 
 _forced: str | None = None
 
@@ -74,7 +74,7 @@ def force_strategy(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def estimated_clocks(strategy: str, m: int, n: int, bits: int, products_per_clock: int = PRODUCTS_PER_CLOCK) -> float:
+def tile_clocks(strategy: str, m: int, n: int, bits: int, products_per_clock: int = PRODUCTS_PER_CLOCK) -> float:
     """Clocks of one multiprocessor for an m x n tile and one word of 64 bits of the packed axis."""
     if strategy == "popcount":
         return bits * m * n * (WORD // 32) / COUNTS_PER_CLOCK
@@ -82,20 +82,23 @@ def estimated_clocks(strategy: str, m: int, n: int, bits: int, products_per_cloc
     return unpack + m * n * WORD / products_per_clock
 
 
-def choose(kernel: str, rows: int, columns: int, bits: int) -> str:
-    """The strategy for a result of ``rows`` x ``columns`` from codes of ``bits`` bits."""
-    if bits > MAX_INT8_BITS:
-        return "popcount"
+def _clocks(kernel: str, strategy: str, tile: Tile, rows: int, columns: int, bits: int) -> float:
+    """Clocks for one word of the whole product. Tiles are computed whole, in rounds of one per multiprocessor.
+
+    grad_weight_product also cuts the packed axis, so that its rounds are full.
+    """
+    tiles = ceil_div(rows, tile.m) * ceil_div(columns, tile.n)
+    rounds = tiles / MULTIPROCESSORS if kernel == "grad_weight_product" else ceil_div(tiles, MULTIPROCESSORS)
+    return rounds * tile_clocks(strategy, tile.m, tile.n, bits)
+
+
+def choose(kernel: str, rows: int, columns: int, bits: int) -> tuple[str, Tile]:
+    """Strategy and tile for a result of ``rows`` x ``columns`` from codes of ``bits`` bits."""
     wanted = _forced or _checked(os.environ.get(ENVIRONMENT) or AUTO, ENVIRONMENT)
-    if wanted != AUTO:
-        return wanted
-    # Rows of a tile that lie outside the result cost as much as those inside.
-    clocks = {}
-    for strategy in STRATEGIES:
-        tile = TILES[kernel, strategy][0]
-        tiles = -(-rows // tile.m) * -(-columns // tile.n)
-        clocks[strategy] = tiles * estimated_clocks(strategy, tile.m, tile.n, bits)
-    return min(STRATEGIES, key=clocks.__getitem__)
+    if bits > MAX_INT8_BITS:
+        wanted = "popcount"
+    candidates = [(s, tile) for s in STRATEGIES if wanted in (s, AUTO) for tile in TILES[kernel, s]]
+    return min(candidates, key=lambda made: _clocks(kernel, made[0], made[1], rows, columns, bits))
 
 
 def autotunes() -> bool:
