@@ -7,7 +7,7 @@ square roots are the correctly rounded ones, and sums follow the defined order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,18 @@ def recording(*, run: bool = True) -> Iterator[list[Launch]]:
 def launch(
     spec: Spec,
     kernel: str,
-    grid: Sequence[int],
+    grid: Sequence[int] | Callable[[int, int], Sequence[int]],
     *arguments: Tensor | int | None,
     warps: int = 4,
     stages: int = 2,
     **constants: int,
 ) -> None:
-    """Run ``kernel`` of a spec's file over a grid of programs; an empty grid is nothing to do."""
-    if 0 in grid:
+    """Run ``kernel`` of a spec's file over a grid of programs; an empty grid is nothing to do.
+
+    The grid of a product is a function of its tile (m, n), which Triton chooses where it autotunes.
+    """
+    programs = grid(constants["TILE_M"], constants["TILE_N"]) if callable(grid) else grid
+    if 0 in programs:
         return
     if _recorded is not None:
         types = tuple(_type(argument) for argument in arguments)
@@ -81,13 +85,15 @@ def launch(
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     require_triton([device.type])
     function: Any = getattr(load(spec), kernel)
-    options: dict[str, Any] = {"enable_fp_fusion": False}
-    if "TILE_M" not in constants or not dict(spec.options).get("autotune"):
-        options |= {"num_warps": warps, "num_stages": stages, **constants}
-    else:
-        options |= {key: value for key, value in constants.items() if not key.startswith("TILE_")}
     with _on(device):
-        function[tuple(grid)](*arguments, **options)
+        if callable(grid) and dict(spec.options)["autotune"]:
+            fixed = {name: value for name, value in constants.items() if not name.startswith("TILE_")}
+            chosen = grid  # a callable, which the type checker forgets inside the lambda
+            by_tile = function[lambda made: tuple(chosen(made["TILE_M"], made["TILE_N"]))]
+            by_tile(*arguments, **fixed, enable_fp_fusion=False)
+        else:
+            options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+            function[tuple(programs)](*arguments, **constants, **options)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -46,7 +46,7 @@ def _conv_product(
 ) -> None:
     """x: ``[planes, N, *S, words]`` (without planes for activations); writes ``acc`` ``[N, C, *S_out]``."""
     channels, words, kernel = acc.shape[1], x.shape[-1], w.shape[1:-2]
-    n, pixels, in_pixels = acc.shape[0], acc.numel() // max(channels, 1), x.numel() // planes // max(words, 1)
+    pixels, in_pixels = acc.numel() // max(channels, 1), x.numel() // planes // max(words, 1)
     strategy, tile = gpu_strategy.choose("conv_product", pixels, channels, planes)
     plain = math.prod(kernel) == 1 and all(s == 1 for s in stride) and not any(padding)
     epilogue = "none" if scale is None else "scale" if bias is None else "scale+bias"
@@ -66,7 +66,10 @@ def _conv_product(
         constants |= {f"KERNEL_{axis}": taps, f"STRIDE_{axis}": step, f"PADDING_{axis}": border}
     images = x.shape[-1 - len(stride) : -1], acc.shape[2:]
     sizes = (pixels, in_pixels, channels, packed_channels, words, *pair(images[0], 1), *pair(images[1], 1))
-    grid = (ceil_div(pixels, tile.m), ceil_div(channels, tile.n)) if n else (0, 0)
+
+    def grid(m: int, n: int) -> tuple[int, int]:
+        return ceil_div(pixels, m), ceil_div(channels, n)
+
     launch(made, "conv_product", grid, x, w, acc, vector(scale), bias, *sizes, **constants)
 
 
@@ -185,7 +188,10 @@ def grad_weight_product(
     kept = (x.shape[0], rows.shape[0])
     blocks = ceil_div(out_channels, tile.m) * ceil_div(in_channels, tile.n)
     part = ceil_div(groups, max(1, min(groups, PROGRAMS // (blocks * taps))))
-    grid = (blocks, taps, ceil_div(groups, max(part, 1)))
+
+    def grid(m: int, n: int) -> tuple[int, int, int]:
+        return ceil_div(out_channels, m) * ceil_div(in_channels, n), taps, ceil_div(groups, max(part, 1))
+
     sizes = (out_channels, in_channels, words, positions, part)
     if strategy == "tensor-core":
         operands = (g, x, indices(rows), acc, code_sum, *kept)

@@ -37,6 +37,7 @@ GROUPS = {
     "forward products": ["output_product", "grad_input_product"],
     "weight product": ["grad_weight_product"],
 }
+SLOW_GROUPS = ("forward products", "weight product")
 COVERED = "triton coverage"
 
 
@@ -62,8 +63,8 @@ def test_every_reference_operation_has_a_gpu_kernel():
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreter_equals_reference(group, record_property):
-    """FQT_COMPILE_TRITON_LIMIT=0 runs all argument lists on all shapes."""
-    limit = os.environ.get("FQT_COMPILE_TRITON_LIMIT", "2")
+    """FQT_COMPILE_TRITON_LIMIT=0 runs all argument lists on all shapes (40 minutes)."""
+    limit = os.environ.get("FQT_COMPILE_TRITON_LIMIT") or ("1" if group in SLOW_GROUPS else "2")
     lines = run_interpreted(str(HERE / "triton_grid.py"), "--limit", limit, *GROUPS[group]).splitlines()
     by_operation = collections.defaultdict(list)
     for run in map(json.loads, lines):
@@ -79,9 +80,11 @@ def test_interpreter_equals_reference(group, record_property):
 def test_offsets_of_64_bits(record_property):
     """What tensors of more than 2**30 elements use."""
     operations = ["pack_activation", "quantize_weight", "quantize_rows", "output_product", "grad_weight_product"]
-    lines = run_interpreted(str(HERE / "triton_grid.py"), "--limit", "1", "--wide", *operations).splitlines()
-    assert len(lines) > len(operations)
-    record_property(COVERED, f"interpreter, 64-bit offsets | {', '.join(operations)}")
+    layers = ["linear-one-row", "3x3-odd-channels", "1x1-stride-2"]
+    grid = [str(HERE / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
+    lines = run_interpreted(*grid).splitlines()
+    assert len(lines) == len(layers) * (len(operations) + 2)  # products in two strategies
+    record_property(COVERED, f"interpreter, 64-bit offsets | {', '.join(operations)} | {' '.join(layers)}")
 
 
 def test_offset_type_leaves_room_for_the_last_block():
@@ -93,7 +96,7 @@ SCALED_OUTPUT = """
 import torch
 from grid import LAYERS, calls, operands
 from fqt_compile.kernels import gpu, gpu_products, reference, reference_ops
-for layer in LAYERS:
+for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3-odd-channels", "1-d")]:
     product = calls(layer)["output_product"][0]
     alpha, bias = torch.rand(layer.out_channels) + 0.1, torch.randn(layer.out_channels)
     acc = reference_ops.OPERATIONS["output_product"](*product)
@@ -108,7 +111,7 @@ for layer in LAYERS:
 @pytest.mark.slow
 def test_epilogue_of_the_output_product(record_property):
     run_interpreted("-c", SCALED_OUTPUT)
-    record_property(COVERED, "interpreter | output_product with scale and bias (popcount, tensor-core) | all shapes")
+    record_property(COVERED, "interpreter | output_product with scale and bias (popcount, tensor-core) | 3 shapes")
 
 
 # -- (c) a whole model in the interpreter --------------------------------------------------------------------
@@ -225,6 +228,22 @@ def test_compiles_ahead_of_time(target, record_property):
     for kernel, variants in by_kernel.items():
         record_property(COVERED, f"{target} | {kernel} | {'; '.join(variants)}")
     record_property(COVERED, f"{target} | {len(launches)} kernels compiled, none spills")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--plain", "--autotune"])
+def test_the_launcher_binds_every_kernel(option, record_property):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    env.pop(gpu_codegen.INTERPRET, None)
+    command = [sys.executable, str(HERE / "triton_bind.py"), option]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    bound = json.loads(done.stdout)
+    kernels = {"conv_product", "grad_weight_product", "transpose_taps"}
+    if option == "--plain":
+        kernels = {launch.kernel for launch in triton_aot.recorded()}
+    assert set(bound) == kernels
+    record_property(COVERED, f"sm_90, Triton's launcher, {option[2:]} | {sum(bound.values())} launches bound: {bound}")
 
 
 def kernel_templates() -> list[Path]:

@@ -23,21 +23,21 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LAYER_NAMES = ("linear", "3x3-stride-2")
-BITS = (1, 4)
-WIDEST = 8
+PLANES = (4, 8, 1)
+"""Of gradient codes; single bits only where they are activations or the code 1 of `grad_input_product`."""
 
 
 def recorded() -> list[gpu_launch.Launch]:
     """One launch of every kernel of every spec that the operations use on two layers.
 
-    Codes of 1 and 4 bits, and of 8 where they are counted; products with every tile.
+    Codes of 4 bits, and of 8, which are counted; products with every tile.
     """
     launches: list[gpu_launch.Launch] = []
     for layer in (layer for layer in LAYERS if layer.name in LAYER_NAMES):
         for strategy in ("popcount", "tensor-core"):
             with gpu.force_strategy(strategy), gpu_launch.recording(run=False) as made:
                 for name, function in gpu.OPERATIONS.items():
-                    if name not in ("draw_seed", "select", "check_finite"):
+                    if name not in ("draw_seed", "select"):  # on the host
                         for arguments in calls(layer)[name]:
                             function(*arguments)
                 product, scale = calls(layer)["output_product"][0], calls(layer)["unpack_weight"][0][1]
@@ -68,9 +68,16 @@ def _with_tiles(launch: gpu_launch.Launch) -> list[gpu_launch.Launch]:
 
 
 def _wanted(launch: gpu_launch.Launch) -> bool:
+    """Not the same code again where only the number of bits or the end of the kernel differs."""
     options = dict(launch.spec.options)
-    bits = options.get("planes", options.get("bits", 1))
-    return bits in BITS or (bits == WIDEST and options.get("strategy") == "popcount")
+    if options.get("epilogue") == "scale" or (options.get("epilogue"), options.get("shape")) == (
+        "scale+bias",
+        "matrix",
+    ):
+        return False
+    if "planes" in options:
+        return options["planes"] in PLANES
+    return options.get("bits", PLANES[0]) in PLANES[:2]
 
 
 def label(launch: gpu_launch.Launch) -> str:

@@ -2,10 +2,10 @@
 
 A script, since the interpreter is chosen before Triton is imported:
 
-    TRITON_INTERPRET=1 python tests/triton_grid.py [--limit N] [--wide] [operation ...]
+    TRITON_INTERPRET=1 python tests/triton_grid.py [operation ...] [--limit N] [--layers L ...] [--wide]
 
-Prints one line of JSON for every operation, strategy and layer. ``--limit``: at most about N argument lists of an
-operation per layer, others on every layer, so that all of them are used on some layer (0: all on all layers).
+Prints one line of JSON for every operation, strategy and layer. ``--limit``: about N argument lists of an operation per
+layer, others on every layer, and the products of the largest layers only where marked (0: all lists on all layers).
 ``--wide``: 64-bit offsets, as for tensors of more than 2**30 elements.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -34,6 +35,10 @@ triton_interpreter.interpreter_builder.options = dataclasses.replace(
     triton_interpreter.interpreter_builder.options, sanitize_overflow=False
 )
 
+LARGE = ("3x3-large", "3x3-many-positions")
+"""Layers whose products take the interpreter ten times longer than all others together."""
+NEEDED = ("grad_weight_product", "3x3-many-positions")
+"""The only product that several programs add up to, each with several words."""
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
 
 
@@ -48,22 +53,28 @@ def chosen(operation: str, layer: Layer, limit: int) -> Iterator[tuple[int, Call
     return ((i, made[i]) for i in range(LAYERS.index(layer) % step, len(made), step))
 
 
+def skipped(operation: str, layer: Layer, limit: int) -> bool:
+    return bool(limit) and operation in PRODUCTS and layer.name in LARGE and (operation, layer.name) != NEEDED
+
+
 def check(operation: str, layer: Layer, strategy: str, limit: int) -> dict[str, object]:
     """Raise unless an operation equals its reference; what was covered."""
-    count = 0
+    count, start = 0, time.process_time()
     with gpu.force_strategy(strategy), gpu_launch.recording() as launches:
         for number, arguments in chosen(operation, layer, limit):
             wanted = expected(layer, operation)[number]
             assert_same(gpu.OPERATIONS[operation](*arguments), wanted, f"{operation} {strategy} {layer.name} {number}")
             count += 1
     kernels = sorted({f"{launch.spec.template}.{launch.kernel}" for launch in launches})
-    return {"operation": operation, "strategy": strategy, "layer": layer.name, "calls": count, "kernels": kernels}
+    covered = {"operation": operation, "strategy": strategy, "layer": layer.name, "calls": count, "kernels": kernels}
+    return {**covered, "seconds": round(time.process_time() - start, 2)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", default=[name for name in REFERENCE if name != "draw_seed"])
     parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--layers", nargs="*", default=[layer.name for layer in LAYERS])
     parser.add_argument("--wide", action="store_true")
     options = parser.parse_args()
     if options.wide:
@@ -71,6 +82,8 @@ def main() -> None:
     for operation in options.operations:
         for strategy in strategies(operation):
             for layer in LAYERS:
+                if layer.name not in options.layers or skipped(operation, layer, options.limit):
+                    continue
                 print(json.dumps(check(operation, layer, strategy, options.limit)), flush=True)
 
 
