@@ -2,7 +2,7 @@
 
 ``popcount``     xor or and of 64-bit words and a population count: 16 counts of 32 bits per clock and
                  multiprocessor (NVIDIA, compute capability 8.0 and 9.0); b bit planes cost b times as much
-``tensor-core``  bits and codes are unpacked in registers to int8 and multiplied by `tl.dot`: 1024 products per clock
+``tensor-core``  bits and codes are unpacked in registers to int8 and multiplied by `tl.dot`: 2048 products per clock
                  (A100; twice that on H100), whatever the number of bits, but 4 integer operations per unpacked
                  bit (shift, mask, scale or add, and its share of converting and storing), of which 64 are done
                  per clock
@@ -30,7 +30,7 @@ STRATEGIES = ("popcount", "tensor-core")
 AUTO = "auto"
 MAX_INT8_BITS = 7
 COUNTS_PER_CLOCK = 16
-PRODUCTS_PER_CLOCK = 1024
+PRODUCTS_PER_CLOCK = 2048
 UNPACK_OPERATIONS = 4
 OPERATIONS_PER_CLOCK = 64
 MULTIPROCESSORS = 108

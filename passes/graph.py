@@ -120,8 +120,10 @@ class Insertion:
         """Add ``target(*args)``. Returns the node, or a tuple of nodes for an operator with several results."""
         with self.emitter.graph.inserting_before(self.anchor):
             node = self.emitter.graph.call_function(target, args)
+        # A view of what was contiguous when it was traced; packed operations return NHWC memory, which may need a copy.
+        run = torch.reshape if target is aten.view.default else target
         with self.emitter.fake_mode, maybe_enable_thunkify():
-            result = target(*fx.node.map_arg(args, value))
+            result = run(*fx.node.map_arg(args, value))
         self._describe(node, result, role)
         if not isinstance(result, tuple | list):
             return node

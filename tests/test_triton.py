@@ -300,9 +300,10 @@ def chosen(kernel: str, rows: int, columns: int, bits: int) -> str:
     return gpu_strategy.choose(kernel, rows, columns, bits)[0]
 
 
-def test_the_rule_counts_single_bits_and_multiplies_codes(monkeypatch):
+def test_the_rule_counts_where_little_is_shared_and_multiplies_codes(monkeypatch):
     monkeypatch.delenv(gpu_strategy.ENVIRONMENT, raising=False)
-    assert chosen("conv_product", 4096, 512, 1) == "popcount"
+    assert chosen("conv_product", 1024, 512, 1) == "popcount"
+    assert chosen("conv_product", 65536, 512, 1) == "tensor-core"
     assert chosen("conv_product", 4096, 512, 4) == "tensor-core"
     assert chosen("grad_weight_product", 512, 512, 4) == "tensor-core"
     assert chosen("grad_weight_product", 512, 512, 8) == "popcount"  # does not fit int8

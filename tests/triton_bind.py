@@ -68,9 +68,7 @@ def main() -> None:
     for layer in (layer for layer in LAYERS if layer.name in LAYER_NAMES):
         for strategy in gpu_strategy.STRATEGIES:
             with gpu.force_strategy(strategy):
-                for name in (
-                    products if "--autotune" in sys.argv else sorted(set(gpu.OPERATIONS) - {"draw_seed", "select"})
-                ):
+                for name in names:
                     for arguments in calls(layer)[name][:ARGUMENT_LISTS]:
                         gpu.OPERATIONS[name](*arguments)
     print(json.dumps(bound))
