@@ -7,8 +7,9 @@
 2. Training steps (zero_grad, forward, cross-entropy, backward, fused Adam; channels_last) of VGG-16, ResNet-18 and
    ViT-B/16: float32, TF32 and bfloat16 autocast, each eager and with Inductor, against fqt1bit, with peak memory.
 
-Ends with an error where a kernel differs or a variant fails. Variants that would not fit into ``--budget`` seconds are left out and
-named. A step's time is between device events, one variant after the other; a device's clock is steadier than a CPU's.
+Ends with an error where a kernel differs or a variant fails. Variants that would not fit into ``--budget`` seconds are
+left out and named. A step's time is between device events, one variant after the other; a device's clock is steadier
+than a CPU's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from torch import Tensor, nn
 
 from fqt_compile.kernels import gpu, gpu_launch, reference_ops
 from fqt_compile.kernels.ops import output_size
-from fqt_compile.models import small_vgg
 
 REFERENCE = reference_ops.OPERATIONS
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
@@ -177,13 +177,22 @@ class Task:
     size: int
 
 
+def tiny_vgg() -> nn.Module:
+    def block(channels: int, out_channels: int) -> list[nn.Module]:
+        conv = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+    layers = [*block(3, 32), *block(32, 64), nn.MaxPool2d(2), *block(64, 64)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
 def tiny_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(
         image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=64, mlp_dim=64, num_classes=10
     )
 
 
-def narrow_resnet() -> nn.Module:
+def tiny_resnet() -> nn.Module:
     block = torchvision.models.resnet.BasicBlock
     stem = [nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
     return nn.Sequential(*stem, block(32, 32), block(32, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
@@ -195,8 +204,8 @@ TASKS = {
     "ViT-B/16": Task(torchvision.models.vit_b_16, 64, 224),
 }
 TINY_TASKS = {
-    "small VGG": Task(lambda: small_vgg(10), 2, 8),
-    "narrow ResNet": Task(narrow_resnet, 2, 8),
+    "tiny VGG": Task(tiny_vgg, 2, 8),
+    "tiny ResNet": Task(tiny_resnet, 2, 8),
     "tiny ViT": Task(tiny_vit, 2, 16),
 }
 VARIANTS = {

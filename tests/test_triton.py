@@ -37,7 +37,7 @@ GROUPS = {
     "forward products": ["output_product", "grad_input_product"],
     "weight product": ["grad_weight_product"],
 }
-SLOW_GROUPS = ("forward products", "weight product")
+SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product")
 COVERED = "triton coverage"
 
 
