@@ -22,13 +22,15 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .config import FQTConfig
 from .errors import ConfigError, FQTWarning
+from .kernels import gpu
 from .kernels.codegen import find_compiler
+from .kernels.gpu_launch import require_triton
 from .kernels.memory import keep_freed_memory
 from .kernels.reference_ops import OPERATIONS
 from .passes.decide import unmatched_patterns
-from .passes.pipeline import State, fuel_from_environment, run_pipeline
+from .passes.pipeline import PIPELINE, UNOPTIMIZED, Pass, State, fuel_from_environment, run_pipeline
 
-SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*")
+SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*", "kernels/templates/triton/*")
 
 
 @functools.cache
@@ -52,17 +54,20 @@ class FQTPass(CustomGraphPass):
         names: Sequence[str | None],
         on_state: Callable[[State], None] | None = None,
         observe: Callable[[str, str], None] | None = None,
+        steps: Sequence[Pass] | None = None,
     ) -> None:
         self.config, self.names, self.on_state, self.observe = config, tuple(names), on_state, observe
+        self.steps = steps
 
     def __call__(self, graph: fx.Graph) -> None:
-        state = run_pipeline(graph, self.config, self.names, self.observe)
+        state = run_pipeline(graph, self.config, self.names, self.observe, self.steps)
         warn_about(state)
         if self.on_state is not None:
             self.on_state(state)
 
     def uuid(self) -> Any:
-        return source_hash(), self.config.canonical(), repr(self.names), fuel_from_environment()
+        steps = [step.name for step in self.steps or PIPELINE]
+        return source_hash(), self.config.canonical(), repr(self.names), fuel_from_environment(), repr(steps)
 
 
 def fqt1bit(
@@ -82,17 +87,30 @@ def fqt1bit(
         raise ConfigError(f"mode: got {mode!r}; accepted: none, the fqt1bit backend takes options={{...}} instead")
     if unknown.pop("dynamic", None) is not None or unknown:
         raise ConfigError(f"unknown backend arguments {sorted(unknown)}; accepted: options")
-    joint_pass = FQTPass(config, parameter_names(gm, example_inputs))
+    on_gpu = config.lowering == "triton" or "cuda" in device_types(example_inputs)
+    joint_pass = FQTPass(config, parameter_names(gm, example_inputs), steps=UNOPTIMIZED if on_gpu else None)
     if config.lowering == "eager":
         return compile_interpreted(gm, example_inputs, joint_pass, ReferenceInterpreter)
-    find_compiler()  # at once and in our words, rather than from the depths of a compilation
-    if config.reuse_memory:
-        keep_freed_memory()
+    if config.lowering == "triton":
+        require_triton(device_types(example_inputs))
+        return compile_interpreted(gm, example_inputs, joint_pass, TritonInterpreter)
+    # At once and in our words, rather than from the depths of a compilation.
+    if "cuda" in device_types(example_inputs):
+        require_triton(["cuda"])
+    else:
+        find_compiler()
+        if config.reuse_memory:
+            keep_freed_memory()
     # Donated buffers save a little memory and forbid retain_graph=True; torch checks the setting again when the
     # backward runs, so it cannot be changed for one compilation only.
     torch._functorch.config.donated_buffer = False
     compiled: Any = compile_fx(gm, example_inputs, config_patches={"joint_custom_pre_pass": joint_pass})
     return compiled
+
+
+def device_types(example_inputs: Sequence[Any]) -> set[str]:
+    """``cpu``, ``cuda``, ... of the tensors among a graph's inputs."""
+    return {example.device.type for example in example_inputs if isinstance(example, torch.Tensor)}
 
 
 def compile_interpreted(
@@ -135,10 +153,18 @@ class NativeInterpreter(fx.Interpreter):
 class ReferenceInterpreter(NativeInterpreter):
     """Runs a rewritten graph with the reference operations: the oracle, which needs no compiler."""
 
+    operations: Mapping[str, Callable[..., Any]] = OPERATIONS
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(target, "namespace", None) == "fqt":
-            target = OPERATIONS[target._schema.name.removeprefix("fqt::")]
+            target = self.operations[target._schema.name.removeprefix("fqt::")]
         return super().call_function(target, args, kwargs)
+
+
+class TritonInterpreter(ReferenceInterpreter):
+    """Runs a rewritten graph with the Triton kernels, on whatever device its tensors are."""
+
+    operations = gpu.OPERATIONS
 
 
 def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str | None]:

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activation": ("auto", "sign", "threshold"),
     "weight_scale": ("xnor", "none"),
     "float_dtype": ("float32", "bfloat16"),
-    "lowering": ("native", "eager"),
+    "lowering": ("native", "eager", "triton"),
 }
 SKIP_GROUPS = ("first", "last", "downsample", "slow")
 DEFAULT_SKIP = ("first", "last", "downsample")
@@ -60,7 +60,8 @@ class FQTConfig:
     reuse_memory: let the C library keep freed memory for the next step, in the whole process and for good (glibc;
         `kernels.memory`): page faults would cost as much as the products.
     lowering: ``"native"`` generated kernels inside Inductor; ``"eager"`` interprets the same rewritten
-        graph with the reference operations (the oracle; needs no compiler).
+        graph with the reference operations (the oracle; needs no compiler); ``"triton"`` interprets it with the
+        generated Triton kernels, on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``; tests the GPU path).
 
     Raises
     ------

@@ -19,6 +19,10 @@ class CompilerMissingError(FQTError, RuntimeError):
     """No C++ compiler was found, and native kernels need one."""
 
 
+class TritonMissingError(FQTError, RuntimeError):
+    """GPU kernels need Triton, and a GPU or its interpreter."""
+
+
 class KernelBuildError(FQTError, RuntimeError):
     """The C++ compiler was found but failed on a generated source."""
 

@@ -69,17 +69,21 @@ _libraries: dict[tuple[str, str, Parameters], ctypes.CDLL] = {}
 _lock = threading.Lock()
 
 
-def render(template: str, parameters: Parameters = ()) -> str:
-    """The C++ source of a template; self-contained."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+def environment(directory: Path) -> jinja2.Environment:
+    """Templates of a directory, strict about undefined names."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(directory),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         autoescape=False,
     )
-    return environment.get_template(f"{template}.cpp").render(PARAMETERS | dict(parameters))
+
+
+def render(template: str, parameters: Parameters = ()) -> str:
+    """The C++ source of a template; self-contained."""
+    return environment(TEMPLATES).get_template(f"{template}.cpp").render(PARAMETERS | dict(parameters))
 
 
 def rendered_sources(programs: Iterable[Parameters] = ()) -> dict[str, str]:
@@ -153,7 +157,7 @@ def machine_name() -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that becomes ``path`` at the end; nobody sees a part of it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".building-", suffix=path.suffix)
     os.close(handle)
@@ -209,12 +213,12 @@ def build(template: str, isa: str, parameters: Parameters = ()) -> Path:
     with _locked(library.with_suffix(".lock")):
         if _intact(library):
             return library
-        with atomic_file(readable) as part:
+        with replacing(readable) as part:
             part.write_text(source)
-        with atomic_file(library) as part:
+        with replacing(library) as part:
             _compile(compiler, flags, readable, part)
             checksum = _checksum(part)
-        with atomic_file(library.with_suffix(".sha256")) as part:
+        with replacing(library.with_suffix(".sha256")) as part:
             part.write_text(checksum)
     return library
 

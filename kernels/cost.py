@@ -78,7 +78,7 @@ def _costs(key: str) -> Costs:
         packed=Line.through(_packed(SMALL), _packed(LARGE)),
         **{name: Line.through(_float(SMALL, dtype), _float(LARGE, dtype)) for name, dtype in FLOAT_DTYPES.items()},
     )
-    with codegen.atomic_file(path) as part:
+    with codegen.replacing(path) as part:
         part.write_text(json.dumps(dataclasses.asdict(measured), indent=1))
     return measured
 

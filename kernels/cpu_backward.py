@@ -204,7 +204,7 @@ def grad_weight_product(
 ) -> tuple[Tensor, Tensor]:
     x = native.words("x_bits", x_bits, in_channels)
     positions = rows.shape[0] * math.prod(output_size)
-    g = _require_lanes(lanes, out_channels, positions)
+    g = require_lanes(lanes, out_channels, positions)
     native.require_int32("grad_weight_product", 2 ** g.shape[0] - 1, positions)
     acc = empty_nhwc(g, [out_channels, in_channels, *kernel], torch.int32)
     code_sum = empty_nhwc(g, [1, in_channels, *kernel], torch.int32)
@@ -240,7 +240,7 @@ def grad_weight(
 ) -> Tensor:
     out_channels, in_channels, *kernel = weight.shape
     x = native.words("x_bits", x_bits, in_channels)
-    g = _require_lanes(lanes, out_channels, rows.shape[0] * math.prod(output_size))
+    g = require_lanes(lanes, out_channels, rows.shape[0] * math.prod(output_size))
     native.require_int32("grad_weight", 2 ** g.shape[0] - 1, rows.shape[0] * math.prod(output_size))
     shape = native.geometry(
         batch=x.shape[0],
@@ -262,7 +262,7 @@ def grad_weight(
     return in_weight_order(weight, mode, fill)
 
 
-def _require_lanes(lanes: Tensor, channels: int, positions: int) -> Tensor:
+def require_lanes(lanes: Tensor, channels: int, positions: int) -> Tensor:
     """Contiguous lanes of ``channels`` channels and ``positions`` positions; raises unless they fit."""
     expected = (ceil_div(channels, LANE_TILE), ceil_div(positions, WORD), LANE_TILE)
     if lanes.dtype != torch.int64 or tuple(lanes.shape[1:]) != expected:

@@ -8,6 +8,7 @@ through the tag ``needs_fixed_stride_order``, so that nothing is copied.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -66,6 +67,15 @@ SCHEMAS = {
     "int out_channels) -> Tensor",
     "weight_gradient": "(Tensor grad_hat, Tensor weight, Tensor weight_scale, str mode) -> Tensor",
 }
+
+CPU_ONLY = frozenset(
+    {
+        *("fused_activation", "channel_moments", "pack_bool", "unpack_bool", "max_pool_gradient"),
+        *("keep_rows", "gather_words", "grad_weight"),
+    }
+)
+"""Operations that only the optimizing passes put into a graph; GPU kernels for them do not exist yet, and a graph on a
+GPU is rewritten without these passes (nor with the arguments ``compact`` and ``narrow``)."""
 
 _FAKES: dict[str, Callable[..., Any]] = {}
 Size = int | torch.SymInt
@@ -373,16 +383,16 @@ def _register() -> None:
             tags.append(torch.Tag.nondeterministic_seeded)
         _LIBRARY.define(name + schema, tags=tags)
         torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_LIBRARY)
-        _LIBRARY.impl(name, _native(name), "BackendSelect" if name == "draw_seed" else "CPU")
+        _LIBRARY.impl(name, _native(name, "cpu"), "BackendSelect" if name == "draw_seed" else "CPU")
+        if name != "draw_seed" and name not in CPU_ONLY:
+            _LIBRARY.impl(name, _native(name, "gpu"), "CUDA")  # of CUDA and ROCm
 
 
-def _native(name: str) -> Callable[..., Any]:
-    """The CPU kernel of an operation; the module that needs a compiler is imported on the first call."""
+def _native(name: str, module: str) -> Callable[..., Any]:
+    """The kernel of an operation in ``cpu`` or ``gpu``, which is imported on the first call: it needs a compiler."""
 
     def call(*args: Any) -> Any:
-        from . import cpu
-
-        return cpu.OPERATIONS[name](*args)
+        return importlib.import_module(f"{__package__}.{module}").OPERATIONS[name](*args)
 
     return call
 

@@ -60,12 +60,12 @@ def pack_bits(bits: Tensor) -> Tensor:
     channels = bits.shape[-1]
     words = ceil_div(channels, WORD)
     padded = F.pad(bits.to(torch.int64), (0, words * WORD - channels)).unflatten(-1, (words, WORD))
-    return (padded << torch.arange(WORD)).sum(-1)
+    return (padded << torch.arange(WORD, device=bits.device)).sum(-1)
 
 
 def unpack_bits(words: Tensor, channels: int) -> Tensor:
     """int64 ``[..., ceil(C/64)]`` -> bool ``[..., C]``."""
-    bits = (words.unsqueeze(-1) >> torch.arange(WORD)) & 1
+    bits = (words.unsqueeze(-1) >> torch.arange(WORD, device=words.device)) & 1
     return bits.flatten(-2)[..., :channels].to(torch.bool)
 
 

@@ -42,6 +42,13 @@ def _activation_values(x_bits: Tensor, channels: int, code: str) -> Tensor:
     return reference.code_values(packing.unpack_rows(x_bits, channels), code)
 
 
+def non_finite_message(where: str, bad: int, size: int) -> str:
+    return (
+        f"{where}: {bad} of {size} values are NaN or infinite; accepted: finite values only, since "
+        "check_finite=True. Remedy: lower the learning rate or clip gradients upstream of this layer"
+    )
+
+
 @_operation
 def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**62, (), device=device)
@@ -51,10 +58,7 @@ def draw_seed(device: torch.device) -> Tensor:
 def check_finite(x: Tensor, where: str) -> Tensor:
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
-        raise NonFiniteError(
-            f"{where}: {bad} of {x.numel()} values are NaN or infinite; accepted: finite values only, since "
-            "check_finite=True. Remedy: lower the learning rate or clip gradients upstream of this layer"
-        )
+        raise NonFiniteError(non_finite_message(where, bad, x.numel()))
     return x.clone()
 
 

@@ -14,7 +14,7 @@ from .sites import Site
 
 SUPPORTED_KINDS = ("conv1d", "conv2d", "linear")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NATIVE_DEVICES = ("cpu",)
+NATIVE_DEVICES = ("cpu", "cuda")
 
 
 def decide(sites: Sequence[Site], config: FQTConfig, fuel: int | None = None) -> None:

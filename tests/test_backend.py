@@ -343,3 +343,15 @@ def test_graph_breaks_and_activation_checkpointing():
         loss, gradients = step_gradients(compiled(Broken(), skip=[]), x, y)
     assert loss > 0
     assert float(gradients["conv1.weight"].abs().sum()) > 0
+
+
+@pytest.mark.parametrize("lowering", ["native", "eager"])
+def test_pooling_under_autocast(lowering):
+    """The backward of pooling views a bfloat16 gradient as rows, which its NHWC replacement cannot be viewed as."""
+    conv, pool, head = nn.Conv2d(32, 32, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(32, 32, 3, padding=1)
+    model = nn.Sequential(conv, nn.ReLU(), pool, head)
+    step = compiled(model, skip=[], lowering=lowering)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(torch.randn(2, 32, 8, 8)).float().sum().backward()
+    assert conv.weight.grad.isfinite().all()
+    assert conv.weight.grad.abs().sum() > 0

@@ -13,7 +13,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("fqt_compile/passes/pipeline.py", "fqt_compile/kernels/cpu.py", "fqt_compile/kernels/templates/common.h")
+NEEDED = (
+    "fqt_compile/passes/pipeline.py",
+    "fqt_compile/kernels/cpu.py",
+    "fqt_compile/kernels/templates/common.h",
+    "fqt_compile/kernels/templates/triton/conv_product.py.jinja",
+)
 
 
 def test_backend_is_listed_without_an_import():

@@ -1,0 +1,216 @@
+"""Triton operations on gradients: importance, quantizing, dequantizing. Definitions: `reference_ops`.
+
+`select` runs on the host: it waits for the importances (one float32 per row), chooses with `selection` itself and
+copies the rows back. With ``scope="step"`` that is one wait per step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import native, reference_ops
+from .cpu_backward import KINDS
+from .gpu_codegen import Spec, spec
+from .gpu_forward import BLOCK, PIXELS
+from .gpu_launch import launch, next_power_of_2, offset_type, values
+from .native import choice, indices, inner_size, nhwc_memory, vector
+from .ops import empty_nhwc
+from .packing import LANE_TILE, WORD, ceil_div
+
+MAX_PIECES = 64
+"""Pieces that the range of a group is found in at the same time."""
+GROUPS = 16
+POSITIONS = 64
+CHANNELS = 32
+
+select = reference_ops.select
+
+
+def _group_spec(g: Tensor, groups: int) -> Spec:
+    return spec("groups", offset=offset_type(g.numel(), groups * MAX_PIECES))
+
+
+def _pieces(size: int, block: int) -> tuple[int, int]:
+    """Number of pieces of an axis, and their size, a multiple of ``block``."""
+    size = max(size, 1)
+    piece = ceil_div(ceil_div(size, MAX_PIECES), block) * block
+    return ceil_div(size, piece), piece
+
+
+def _row_extremes(g: Tensor, factor: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+    size = math.prod(g.shape[1:])
+    pieces, piece = _pieces(size, BLOCK)
+    low, high = (g.new_empty(rows.shape[0], pieces, dtype=torch.float32) for _ in range(2))
+    operands = (values(g), vector(factor), rows, low, high)
+    sizes = (g.shape[0], size, g.shape[1], pieces, piece)
+    grid = (rows.shape[0], pieces)
+    made = _group_spec(g, rows.shape[0])
+    launch(made, "row_extremes", grid, *operands, *sizes, SCALED=factor is not None, BLOCK=BLOCK)
+    return low, high
+
+
+def _channel_extremes(
+    g: Tensor, rows: Tensor, row_scale: Tensor | None, chosen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    width = g.shape[1] if chosen is None else chosen.shape[0]
+    pieces, piece = _pieces(rows.shape[0] * inner_size(g), POSITIONS)
+    low, high = (g.new_empty(width, pieces, dtype=torch.float32) for _ in range(2))
+    operands = (values(g), rows, vector(row_scale), chosen, low, high)
+    sizes = (g.shape[0], rows.shape[0], inner_size(g), g.shape[1], width, pieces, piece)
+    grid = (ceil_div(width, CHANNELS), pieces)
+    flags = {"SCALED": row_scale is not None, "SUBSET": chosen is not None}
+    made = _group_spec(g, width)
+    launch(made, "channel_extremes", grid, *operands, *sizes, **flags, POSITIONS=POSITIONS, CHANNELS=CHANNELS)
+    return low, high
+
+
+def _ranges(g: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    groups, pieces = low.shape
+    importance = g.new_empty(groups, dtype=torch.float32)
+    constants = {"GROUPS": GROUPS, "PIECES": next_power_of_2(pieces)}
+    launch(
+        _group_spec(g, groups), "ranges", [ceil_div(groups, GROUPS)], low, high, importance, groups, pieces, **constants
+    )
+    return importance
+
+
+def row_importance(g: Tensor, kind: str) -> Tensor:
+    choice("kind", kind, KINDS)
+    samples, size = g.shape[0], math.prod(g.shape[1:])
+    if kind == "uniform" or size == 0:
+        return g.new_ones(samples, dtype=torch.float32)
+    if kind == "range":
+        rows = torch.arange(samples, dtype=torch.int32, device=g.device)
+        return _ranges(g, *_row_extremes(g, None, rows))
+    importance = g.new_empty(samples, dtype=torch.float32)
+    grid = [ceil_div(samples, 2)]
+    launch(_group_spec(g, samples), "row_norms", grid, values(g), importance, samples, size, ROWS=2, warps=1)
+    return importance
+
+
+def channel_importance(g: Tensor, rows: Tensor, row_scale: Tensor | None, kind: str) -> Tensor:
+    choice("kind", kind, KINDS)
+    channels = g.shape[1]
+    if kind == "uniform":
+        return g.new_ones(channels, dtype=torch.float32)
+    if kind == "range":
+        return _ranges(g, *_channel_extremes(g, indices(rows), row_scale, None))
+    importance = g.new_empty(channels, dtype=torch.float32)
+    operands = (values(g), indices(rows), vector(row_scale), importance)
+    sizes = (g.shape[0], rows.shape[0], inner_size(g), channels)
+    grid, scaled = [ceil_div(channels, CHANNELS)], row_scale is not None
+    launch(_group_spec(g, channels), "channel_norms", grid, *operands, *sizes, SCALED=scaled, CHANNELS=CHANNELS)
+    return importance
+
+
+# -- quantizing ----------------------------------------------------------------------------------------------
+
+
+def _groups(
+    g: Tensor, low: Tensor, high: Tensor, fold: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Zero and inverse step that quantize, and the scale and zero point, with ``fold`` in them, that dequantize."""
+    groups, pieces = low.shape
+    made = _group_spec(g, groups)
+    results = tuple(g.new_empty(groups, dtype=torch.float32) for _ in range(4))
+    operands = (low, high, vector(fold), *results)
+    constants = {"FOLD": fold is not None, "GROUPS": GROUPS, "PIECES": next_power_of_2(pieces)}
+    launch(made, "make_groups", [ceil_div(groups, GROUPS)], *operands, groups, pieces, 2**bits - 1, **constants)
+    zero, inverse, scale, zero_point = results
+    return zero, inverse, scale, zero_point
+
+
+def quantize_rows(
+    g: Tensor,
+    weight_scale: Tensor | None,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    seed: Tensor,
+    stream: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    native.require_bits("quantize_rows", bits)
+    count, channels, inner = rows.shape[0], g.shape[1], inner_size(g)
+    words, kept, factor = ceil_div(channels, WORD), indices(rows), vector(weight_scale)
+    zero, inverse, *folded = _groups(g, *_row_extremes(g, factor, kept), row_scale, bits)
+    planes = g.new_empty([bits, count, *g.shape[2:], words], dtype=torch.int64)
+    made = spec("quantize", bits=bits, offset=offset_type(g.numel(), planes.numel()))
+    operands = (values(g), factor, kept, zero, inverse, seed, stream, planes)
+    sizes = (g.shape[0], count, inner, channels, words)
+    grid, scaled = (ceil_div(count * inner, PIXELS), words), factor is not None
+    launch(made, "quantize_rows", grid, *operands, *sizes, SCALED=scaled, PIXELS=PIXELS)
+    return planes, folded[0], folded[1]
+
+
+def quantize_channels(
+    g: Tensor,
+    rows: Tensor,
+    row_scale: Tensor | None,
+    channels: Tensor | None,
+    channel_scale: Tensor | None,
+    seed: Tensor,
+    stream: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    native.require_bits("quantize_channels", bits)
+    count, inner, kept = rows.shape[0], inner_size(g), indices(rows)
+    chosen = None if channels is None else indices(channels)
+    width = g.shape[1] if chosen is None else chosen.shape[0]
+    words, tiles, factor = ceil_div(count * inner, WORD), ceil_div(width, LANE_TILE), vector(row_scale)
+    zero, inverse, *folded = _groups(g, *_channel_extremes(g, kept, factor, chosen), channel_scale, bits)
+    lanes = g.new_empty([bits, tiles, words, LANE_TILE], dtype=torch.int64)
+    made = spec("quantize", bits=bits, offset=offset_type(g.numel(), lanes.numel()))
+    operands = (values(g), kept, factor, chosen, zero, inverse, seed, stream, lanes)
+    sizes = (g.shape[0], count, inner, g.shape[1], width, words)
+    flags = {"SCALED": factor is not None, "SUBSET": chosen is not None}
+    grid = (words, ceil_div(tiles * LANE_TILE, CHANNELS))
+    launch(made, "quantize_channels", grid, *operands, *sizes, **flags, CHANNELS=CHANNELS)
+    return lanes, folded[0], folded[1]
+
+
+# -- dequantizing --------------------------------------------------------------------------------------------
+
+
+def dequantize_rows(
+    planes: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, channels: int, size: int
+) -> Tensor:
+    packed = native.words("planes", planes, channels)
+    bits, count, *spatial, words = packed.shape
+    native.require_bits("dequantize_rows", bits)
+    out, inner = empty_nhwc(scale, [size, channels, *spatial], torch.float32).zero_(), math.prod(spatial)
+    made = spec("dequantize", offset=offset_type(out.numel(), packed.numel()))
+    operands = (packed, vector(scale), vector(zero_point), indices(rows), out)
+    sizes = (size, count, inner, channels, words, bits)
+    launch(made, "dequantize_rows", (ceil_div(count * inner, PIXELS), words), *operands, *sizes, PIXELS=PIXELS)
+    return out
+
+
+def dequantize_grad_input(
+    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+) -> Tensor:
+    samples, channels, count, inner = mask.shape[0], acc.shape[1], acc.shape[0], inner_size(acc)
+    keep = native.words("mask", mask, channels, [samples, *acc.shape[2:]])
+    out = empty_nhwc(scale, [samples, *acc.shape[1:]], torch.float32).zero_()
+    made = spec("dequantize", offset=offset_type(out.numel(), acc.numel()))
+    operands = (nhwc_memory(acc), nhwc_memory(weight_sum), vector(scale), vector(zero_point), indices(rows), keep, out)
+    sizes = (samples, count, inner, channels, keep.shape[-1])
+    grid = (ceil_div(count * inner, PIXELS), keep.shape[-1])
+    launch(made, "dequantize_grad_input", grid, *operands, *sizes, PIXELS=PIXELS)
+    return out
+
+
+def dequantize_grad_weight(
+    acc: Tensor, code_sum: Tensor, scale: Tensor, zero_point: Tensor, channels: Tensor | None, out_channels: int
+) -> Tensor:
+    size, subset = math.prod(acc.shape[1:]), channels is not None
+    out = empty_nhwc(scale, [out_channels, *acc.shape[1:]], torch.float32)
+    out = out.zero_() if subset else out
+    made = spec("dequantize", offset=offset_type(out.numel(), acc.numel()))
+    chosen = None if channels is None else indices(channels)
+    operands = (nhwc_memory(acc), nhwc_memory(code_sum), vector(scale), vector(zero_point), chosen, out)
+    grid = (acc.shape[0], ceil_div(size, BLOCK))
+    launch(made, "dequantize_grad_weight", grid, *operands, out_channels, size, SUBSET=subset, BLOCK=BLOCK)
+    return out

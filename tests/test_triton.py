@@ -1,0 +1,346 @@
+"""The GPU path without a GPU: kernels in Triton's interpreter, compiled for three GPUs, and as snapshots.
+
+What was covered is printed at the end of the test run (`conftest.pytest_terminal_summary`).
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton_aot
+from torch._dynamo.exc import BackendCompilerFailed
+
+from fqt_compile.errors import ConfigError, TritonMissingError
+from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_strategy, reference_ops
+from fqt_compile.kernels.gpu_codegen import spec
+from fqt_compile.kernels.ops import CPU_ONLY
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden"
+UPDATE_GOLDEN = "FQT_COMPILE_GOLDEN"
+GROUPS = {
+    "activations": ["check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"],
+    "weights": ["quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"],
+    "rows": ["row_importance", "channel_importance", "select", "prune_rows", "gather_rows", "scatter_rows"],
+    "quantize": ["quantize_rows", "quantize_channels"],
+    "dequantize": ["dequantize_rows", "dequantize_grad_input", "dequantize_grad_weight"],
+    "forward products": ["output_product", "grad_input_product"],
+    "weight product": ["grad_weight_product"],
+}
+SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product")
+COVERED = "triton coverage"
+
+
+def run_interpreted(*arguments: str, **environment: str) -> str:
+    """Standard output of a Python process that runs Triton kernels in the interpreter."""
+    env = {**os.environ, **environment, gpu_codegen.INTERPRET: "1", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_reference_operation_has_a_gpu_kernel():
+    assert sorted(gpu.OPERATIONS) == sorted(set(reference_ops.OPERATIONS) - CPU_ONLY)
+    assert sorted(name for group in GROUPS.values() for name in group) == sorted(set(gpu.OPERATIONS) - {"draw_seed"})
+    for name in set(gpu.OPERATIONS) - {"draw_seed"}:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fqt::{name}", "CUDA"), name
+
+
+# -- (a) in the interpreter ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_interpreter_equals_reference(group, record_property):
+    """FQT_COMPILE_TRITON_LIMIT=0 runs all argument lists on all shapes (40 minutes)."""
+    limit = os.environ.get("FQT_COMPILE_TRITON_LIMIT") or ("1" if group in SLOW_GROUPS else "2")
+    lines = run_interpreted(str(HERE / "triton_grid.py"), "--limit", limit, *GROUPS[group]).splitlines()
+    by_operation = collections.defaultdict(list)
+    for run in map(json.loads, lines):
+        by_operation[run["operation"], run["strategy"]].append(run)
+    assert {operation for operation, _ in by_operation} == set(GROUPS[group])
+    for (operation, strategy), runs in by_operation.items():
+        kernels = sorted({kernel for run in runs for kernel in run["kernels"]})
+        shapes = " ".join(f"{run['layer']}:{run['calls']}" for run in runs)
+        record_property(COVERED, f"interpreter | {operation} ({strategy}) | {', '.join(kernels) or 'host'} | {shapes}")
+
+
+@pytest.mark.slow
+def test_offsets_of_64_bits(record_property):
+    """What tensors of more than 2**30 elements use."""
+    operations = ["pack_activation", "quantize_weight", "quantize_rows", "output_product", "grad_weight_product"]
+    layers = ["linear-one-row", "3x3-odd-channels", "1x1-stride-2"]
+    grid = [str(HERE / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
+    lines = run_interpreted(*grid).splitlines()
+    assert len(lines) == len(layers) * (len(operations) + 2)  # products in two strategies
+    record_property(COVERED, f"interpreter, 64-bit offsets | {', '.join(operations)} | {' '.join(layers)}")
+
+
+def test_offset_type_leaves_room_for_the_last_block():
+    assert gpu_launch.offset_type(2**30 - 1) == "tl.int32"
+    assert gpu_launch.offset_type(1, 2**30) == "tl.int64"
+
+
+SCALED_OUTPUT = """
+import torch
+from grid import LAYERS, calls, operands
+from fqt_compile.kernels import gpu, gpu_products, reference, reference_ops
+for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3-odd-channels", "1-d")]:
+    product = calls(layer)["output_product"][0]
+    alpha, bias = torch.rand(layer.out_channels) + 0.1, torch.randn(layer.out_channels)
+    acc = reference_ops.OPERATIONS["output_product"](*product)
+    for strategy in ("popcount", "tensor-core"):
+        for b in (None, bias, bias.bfloat16()):
+            with gpu.force_strategy(strategy):
+                y = gpu_products.scaled_output(*product, alpha, b)
+            assert torch.equal(y, reference.dequantize_output(acc, alpha, b))
+"""
+
+
+@pytest.mark.slow
+def test_epilogue_of_the_output_product(record_property):
+    run_interpreted("-c", SCALED_OUTPUT)
+    record_property(COVERED, "interpreter | output_product with scale and bias (popcount, tensor-core) | 3 shapes")
+
+
+# -- (c) a whole model in the interpreter --------------------------------------------------------------------
+
+WHOLE_MODEL = """
+import warnings
+import torch
+from conftest import SmallNet, small_batch, step_gradients
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model, (x, y) = SmallNet(norm=True), small_batch(4)
+for options in ({}, {"preset": "paper", "activation": "sign", "bits": 2}):
+    results = []
+    for lowering in ("triton", "eager"):
+        torch._dynamo.reset()
+        step = torch.compile(model, backend="fqt1bit", options={**options, "lowering": lowering})
+        results.append(step_gradients(step, x, y))
+    (loss, gradients), (wanted_loss, wanted) = results
+    assert loss == wanted_loss, (options, loss, wanted_loss)
+    for name, gradient in wanted.items():
+        assert torch.equal(gradients[name], gradient), (options, name)
+    print("equal", options, len(wanted))
+"""
+
+
+@pytest.mark.slow
+def test_whole_model_equals_the_oracle(record_property):
+    output = run_interpreted("-c", WHOLE_MODEL)
+    assert output.count("equal") == 2
+    record_property(
+        COVERED, "interpreter | whole model, forward and backward, two configurations | equals lowering=eager"
+    )
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
+    monkeypatch.delenv(gpu_codegen.INTERPRET, raising=False)
+    with pytest.raises(TritonMissingError, match="TRITON_INTERPRET=1 before Python starts"):
+        gpu.OPERATIONS["pack_activation"](torch.ones(1, 1), None)
+    model = torch.compile(torch.nn.Linear(64, 64), backend="fqt1bit", options={"lowering": "triton", "skip": []})
+    with pytest.raises(BackendCompilerFailed, match=r"TritonMissingError.*TRITON_INTERPRET=1 before Python starts"):
+        model(torch.ones(2, 64))
+
+
+def test_package_and_oracle_do_not_need_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, fqt_compile
+from fqt_compile.errors import TritonMissingError
+from fqt_compile.kernels import gpu, gpu_launch
+try:
+    gpu_launch.require_triton(["cuda"])
+except TritonMissingError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "pip install 'fqt-compile[gpu]'" in done.stdout, done.stderr
+
+
+# -- (b) compiled ahead of time ------------------------------------------------------------------------------
+
+COUNTS = {"sm_80": r"popc\.b64", "sm_90": r"popc\.b64", "gfx942": r"v_bcnt_u32_b32"}
+INT8_PRODUCTS = {
+    "sm_80": r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32",
+    "sm_90": r"wgmma\.mma_async\S*\.s32\.s8\.s8",
+    "gfx942": r"v_mfma_i32_\w*_i8",
+}
+# AMD's scalar registers hold comparisons of whole wavefronts and spill into lanes of vector registers, not to memory.
+NO_SPILLS = {
+    "sm_80": ("STACK", "LOCAL"),
+    "sm_90": ("STACK", "LOCAL"),
+    "gfx942": ("vgpr_spill_count", "private_segment_fixed_size"),
+}
+
+
+def assert_float_arithmetic_as_written(made: triton_aot.Compiled, target: str) -> None:
+    """No contraction, no flushed denormals, divisions and roots correctly rounded."""
+    assert not re.search(r"llvm\.fma|fmuladd|\bcontract\b|\bfast\b|\barcp\b", made.llvm)
+    if target == "gfx942":
+        assert re.search(r"float_denorm_mode_32 3", made.assembly)
+        return
+    assert not re.search(r"\bfma\.|\.ftz\b", made.assembly)
+    assert not re.search(r"\b(div|sqrt|rcp)\.(?!rn\.|s32|u32|s64|u64)", made.assembly)
+
+
+def assert_expected_instructions(launch: gpu_launch.Launch, made: triton_aot.Compiled, target: str) -> None:
+    strategy = dict(launch.spec.options).get("strategy")
+    counts, multiplies = re.search(COUNTS[target], made.assembly), re.search(INT8_PRODUCTS[target], made.assembly)
+    if launch.kernel == "transpose_taps" or strategy is None:
+        assert not multiplies
+    else:
+        assert bool(multiplies) == (strategy == "tensor-core")
+        assert bool(counts) == (strategy == "popcount")
+    if target != "gfx942":
+        needed = {"make_groups": "div.rn.f32", "row_norms": "sqrt.rn.f32", "mean_of_sums": "div.rn.f64"}
+        assert needed.get(launch.kernel, "") in made.assembly
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", triton_aot.TARGETS)
+def test_compiles_ahead_of_time(target, record_property):
+    launches = triton_aot.recorded()
+    assert {launch.spec.template for launch in launches} == {path.name.split(".")[0] for path in kernel_templates()}
+    for launch in launches:
+        made = triton_aot.compile_launch(launch, target)
+        where = f"{triton_aot.label(launch)} on {target}"
+        assert all(made.resources[name] == 0 for name in NO_SPILLS[target]), f"{where}: {made.resources}"
+        assert_float_arithmetic_as_written(made, target)
+        assert_expected_instructions(launch, made, target)
+    by_kernel = collections.defaultdict(list)
+    for launch in launches:
+        kernel, _, variant = triton_aot.label(launch).partition(" ")
+        by_kernel[kernel].append(variant or "-")
+    for kernel, variants in by_kernel.items():
+        record_property(COVERED, f"{target} | {kernel} | {'; '.join(variants)}")
+    record_property(COVERED, f"{target} | {len(launches)} kernels compiled, none spills")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--plain", "--autotune"])
+def test_the_launcher_binds_every_kernel(option, record_property):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    env.pop(gpu_codegen.INTERPRET, None)
+    command = [sys.executable, str(HERE / "triton_bind.py"), option]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    bound = json.loads(done.stdout)
+    kernels = {"conv_product", "grad_weight_product", "transpose_taps"}
+    if option == "--plain":
+        kernels = {launch.kernel for launch in triton_aot.recorded()}
+    assert set(bound) == kernels
+    record_property(COVERED, f"sm_90, Triton's launcher, {option[2:]} | {sum(bound.values())} launches bound: {bound}")
+
+
+def kernel_templates() -> list[Path]:
+    """Templates that are files of their own, not parts of others."""
+    return [path for path in gpu_codegen.TEMPLATES.glob("*.jinja") if "head.py.jinja" in path.read_text()]
+
+
+# -- snapshots -----------------------------------------------------------------------------------------------
+
+
+def snapshots() -> list[gpu_codegen.Spec]:
+    conv = {"planes": 1, "shape": "convolution", "transposed": False, "epilogue": "none", "offset": "tl.int32"}
+    plain = {"autotune": False, "tiles": ()}
+    made = [spec("activation", code=code, offset="tl.int32") for code in ("sign", "threshold")]
+    made += [spec("weight", mode=mode, offset="tl.int32") for mode in ("xnor", "none")]
+    made += [spec(name, offset="tl.int32") for name in ("rows", "groups", "dequantize")]
+    made += [spec("quantize", bits=4, offset="tl.int32"), spec("rows", offset="tl.int64")]
+    for strategy in gpu_strategy.STRATEGIES:
+        for code in ("sign", "threshold"):
+            made.append(spec("conv_product", strategy=strategy, code=code, **conv, **plain))
+            made.append(spec("grad_weight_product", strategy=strategy, bits=4, code=code, offset="tl.int32", **plain))
+        planes = {**conv, "planes": 4, "transposed": True}
+        made.append(spec("conv_product", strategy=strategy, code="planes", **planes, **plain))
+    tiles = gpu_strategy.TILES["conv_product", "popcount"]
+    matrix = {**conv, "shape": "matrix", "epilogue": "scale+bias", "autotune": True, "tiles": tiles}
+    return [*made, spec("conv_product", strategy="popcount", code="sign", **matrix)]
+
+
+def test_generated_sources_equal_their_snapshots():
+    """After a change that is meant: FQT_COMPILE_GOLDEN=1 pytest tests/test_triton.py, and read the diff."""
+    sources = {f"{_short(wanted)}.txt": gpu_codegen.render(wanted) for wanted in snapshots()}
+    if os.environ.get(UPDATE_GOLDEN):
+        GOLDEN.mkdir(exist_ok=True)
+        for path in GOLDEN.glob("*.txt"):
+            path.unlink()
+        for name, source in sources.items():
+            (GOLDEN / name).write_text(source)
+    assert {path.name for path in GOLDEN.glob("*.txt")} == set(sources)
+    for name, source in sources.items():
+        assert (GOLDEN / name).read_text() == source, f"{name} changed; {UPDATE_GOLDEN}=1 accepts it"
+        compile(source, name, "exec")
+
+
+def _short(wanted: gpu_codegen.Spec) -> str:
+    """A file name without what is the same in all: ``conv_product-popcount-sign-1-convolution-none``."""
+    values = [str(v).removeprefix("tl.") for k, v in wanted.options if k not in ("autotune", "tiles")]
+    return "-".join([wanted.template, *(v for v in values if v not in ("int32", "False"))])
+
+
+# -- strategies and launches ---------------------------------------------------------------------------------
+
+
+def chosen(kernel: str, rows: int, columns: int, bits: int) -> str:
+    return gpu_strategy.choose(kernel, rows, columns, bits)[0]
+
+
+def test_the_rule_counts_where_little_is_shared_and_multiplies_codes(monkeypatch):
+    monkeypatch.delenv(gpu_strategy.ENVIRONMENT, raising=False)
+    assert chosen("conv_product", 1024, 512, 1) == "popcount"
+    assert chosen("conv_product", 65536, 512, 1) == "tensor-core"
+    assert chosen("conv_product", 4096, 512, 4) == "tensor-core"
+    assert chosen("grad_weight_product", 512, 512, 4) == "tensor-core"
+    assert chosen("grad_weight_product", 512, 512, 8) == "popcount"  # does not fit int8
+    assert gpu_strategy.choose("conv_product", 64, 64, 1)[1].m == 32  # small products in small tiles
+
+
+def test_the_strategy_is_an_option(monkeypatch):
+    with gpu.force_strategy("tensor-core"):
+        assert chosen("conv_product", 4096, 512, 1) == "tensor-core"
+        assert chosen("conv_product", 4096, 512, 8) == "popcount"
+    monkeypatch.setenv(gpu_strategy.ENVIRONMENT, "popcount")
+    assert chosen("conv_product", 4096, 512, 4) == "popcount"
+    monkeypatch.setenv(gpu_strategy.ENVIRONMENT, "wmma")
+    with pytest.raises(ConfigError, match="'wmma'; accepted: popcount, tensor-core, auto"):
+        gpu_strategy.choose("conv_product", 16, 16, 1)
+
+
+def test_autotuned_products_are_launched_without_a_tile(monkeypatch):
+    monkeypatch.setenv(gpu_strategy.AUTOTUNE, "1")
+    monkeypatch.delenv(gpu_codegen.INTERPRET, raising=False)
+    bits = torch.zeros(64, 1, dtype=torch.int64)
+    panels = torch.zeros(4, 1, 16, dtype=torch.int64)
+    with gpu_launch.recording(run=False) as (launches):
+        gpu.OPERATIONS["output_product"](bits, panels, 64, 64, "sign", [], [])
+    (launch,) = launches
+    assert "triton.Config" in gpu_codegen.render(launch.spec)
+    assert type(getattr(gpu_codegen.load(launch.spec), launch.kernel)).__name__ == "Autotuner"
+
+
+def test_generated_files_are_readable_and_written_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FQT_COMPILE_CACHE", str(tmp_path / "cache"))
+    wanted = spec("rows", offset="tl.int32")
+    path = gpu_codegen.write(wanted)
+    assert path.read_text().startswith("# Generated by fqt_compile from rows.py.jinja (offset=tl.int32).")
+    before = path.stat().st_mtime_ns
+    assert gpu_codegen.write(wanted) == path
+    assert path.stat().st_mtime_ns == before
+    path.write_text("truncated")
+    assert "def gather_rows" in gpu_codegen.write(wanted).read_text()
