@@ -57,6 +57,7 @@ PARAMETERS = {
     "lane_tile": packing.LANE_TILE,
     "lanes": reference.LANES,
     "block": reference.BLOCK,
+    "row_block": reference.ROW_BLOCK,
     "multipliers": [hex(m) for m in noise.MULTIPLIERS],
     "non_finite_importance": repr(selection.NON_FINITE_IMPORTANCE),
     "geometry": GEOMETRY,

@@ -26,6 +26,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     cpu_float.pack_bool,
     cpu_float.unpack_bool,
     cpu_float.channel_moments,
+    cpu_float.gradient_moments,
     cpu_float.max_pool_gradient,
     cpu_forward.quantize_weight,
     cpu_forward.transpose_weight,

@@ -125,6 +125,17 @@ def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, larg
     return var, mean
 
 
+def gradient_moments(
+    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    channels = g.shape[1]
+    total, moment = (weight_scale.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    operands = (nhwc(g), native.nhwc_memory(acc.to(torch.int32)), g.shape[0] * inner_size(g), channels)
+    vectors = (native.vector(weight_scale), native.vector(bias), native.vector(center))
+    call("float", "gradient_moments", *operands, *vectors, total, moment)
+    return total, moment
+
+
 def max_pool_gradient(
     g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:

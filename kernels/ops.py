@@ -35,6 +35,7 @@ SCHEMAS = {
     "pack_bool": "(Tensor mask) -> Tensor",
     "unpack_bool": "(Tensor words, int channels) -> Tensor",
     "channel_moments": "(Tensor acc, Tensor weight_scale, Tensor? bias, int largest) -> (Tensor, Tensor)",
+    "gradient_moments": "(Tensor g, Tensor acc, Tensor weight_scale, Tensor? bias, Tensor center) -> (Tensor, Tensor)",
     "max_pool_gradient": "(Tensor g, Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor",
     "quantize_weight": "(Tensor weight, str mode) -> (Tensor, Tensor)",
     "transpose_weight": "(Tensor w_bits, int in_channels, int out_channels) -> Tensor",
@@ -70,7 +71,7 @@ SCHEMAS = {
 
 CPU_ONLY = frozenset(
     {
-        *("fused_activation", "channel_moments", "pack_bool", "unpack_bool", "max_pool_gradient"),
+        *("fused_activation", "channel_moments", "gradient_moments", "pack_bool", "unpack_bool", "max_pool_gradient"),
         *("keep_rows", "gather_words", "grad_weight"),
     }
 )
@@ -169,6 +170,13 @@ def _unpack_bool(words: Tensor, channels: int) -> Tensor:
 def _channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, largest: int) -> tuple[Tensor, Tensor]:
     shape = [1, acc.shape[1], *[1] * (acc.dim() - 2)]
     return weight_scale.new_empty(shape), weight_scale.new_empty(shape)
+
+
+@_fake
+def _gradient_moments(
+    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    return weight_scale.new_empty(g.shape[1]), weight_scale.new_empty(g.shape[1])
 
 
 @_fake

@@ -26,6 +26,8 @@ LANES = 64
 """Width of the vector a sum is defined over."""
 BLOCK = 4096
 """Elements per block of the mean of a whole tensor."""
+ROW_BLOCK = 1024
+"""Positions per block of the sums of `gradient_moments`."""
 EXACT_FLOAT32 = 1 << 24
 """Integer sums up to this bound are exact in float32 in any order."""
 
@@ -138,6 +140,36 @@ def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None) -> t
     var = alpha * alpha * (second - first * first).clamp(min=0)
     shape = [1, -1, *[1] * (acc.dim() - 2)]
     return var.to(torch.float32).view(shape), mean.to(torch.float32).view(shape)
+
+
+def gradient_moments(
+    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``sum g`` and ``sum g (y - center)`` over all axes but C, with ``y = alpha acc + bias``; float32 ``[C]``.
+
+    What BatchNorm's backward sums. In float64: A = sum g and B = sum g acc, positions (NHWC order) in blocks of 1024,
+    one after the other in a block, then block after block; ``A`` and ``alpha B + (bias - center) A``, rounded once.
+    """
+    values = channels_last(as_float32(g)).flatten(0, -2).to(torch.float64)
+    products = values * channels_last(acc).flatten(0, -2).to(torch.float64)
+    total, weighted = _blocked_sum(values), _blocked_sum(products)
+    shift = -center.to(torch.float64) if bias is None else bias.to(torch.float64) - center.to(torch.float64)
+    moment = weight_scale.to(torch.float64) * weighted + shift * total
+    return total.to(torch.float32), moment.to(torch.float32)
+
+
+def _blocked_sum(values: Tensor) -> Tensor:
+    """Sum over the first axis of ``[M, C]`` in blocks of `ROW_BLOCK`."""
+    count = -(-values.shape[0] // ROW_BLOCK)
+    padded = torch.nn.functional.pad(values, (0, 0, 0, count * ROW_BLOCK - values.shape[0]))
+    blocks = padded.view(count, ROW_BLOCK, values.shape[1])
+    partial = torch.zeros_like(blocks[:, 0])
+    for k in range(min(ROW_BLOCK, values.shape[0])):
+        partial = partial + blocks[:, k]
+    total = values.new_zeros(values.shape[1])
+    for block in partial:
+        total = total + block
+    return total
 
 
 def max_pool_gradient(

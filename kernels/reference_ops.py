@@ -118,6 +118,13 @@ def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, larg
 
 
 @_operation
+def gradient_moments(
+    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    return reference.gradient_moments(g, acc, weight_scale, bias, center)
+
+
+@_operation
 def max_pool_gradient(
     g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:

@@ -3,7 +3,8 @@
     var_mean(alpha acc + bias)  ->  channel_moments(acc, alpha, bias)
 
 The sums of acc and acc**2 are integers, exact in any order; only the last step is rounded (reference.channel_moments).
-One pass over int16 replaces a two-pass float reduction, and the float output need not exist.
+One pass over int16 replaces a two-pass float reduction, and the float output need not exist. The sums of BatchNorm's
+backward are taken from the same integers (reference.gradient_moments).
 """
 
 from __future__ import annotations
@@ -47,6 +48,63 @@ def exact_moments(graph: fx.Graph) -> int:
         replaced += 1
     graph.eliminate_dead_code()
     return replaced
+
+
+def exact_gradient_moments(graph: fx.Graph) -> int:
+    """The two sums of BatchNorm's backward, ``sum g`` and ``sum g (y - center)`` of a packed output y, in one pass.
+
+    Returns how many pairs were replaced.
+    """
+    emitter = Emitter(graph, "moments")
+    replaced = 0
+    for node in list(graph.nodes):
+        matched = _match_gradient_moment(node)
+        if matched is None:
+            continue
+        g, output, center = matched
+        others = [u for u in g.users if u is not node and _is_batch_sum(u)]
+        first = min((node, *others), key=list(graph.nodes).index)
+        made = provenance(node) or provenance(output.acc)
+        at = emitter.at(node if first is node else first, made.site if made else "step")
+        if not _defined_before(graph, (g, output.acc, center), first):
+            continue
+        args = (g, output.acc, output.alpha, output.bias, center)
+        total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
+        node.replace_all_uses_with(moment)
+        for other in others:
+            other.replace_all_uses_with(total)
+        replaced += 1
+    graph.eliminate_dead_code()
+    return replaced
+
+
+def _defined_before(graph: fx.Graph, operands: tuple[fx.Node, ...], position: fx.Node) -> bool:
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return all(order[n] < order[position] for n in operands)
+
+
+def _is_batch_sum(node: fx.Node) -> bool:
+    """A float32 sum over all axes but the channel's, without keepdim."""
+    if not is_call(node, aten.sum.dim_IntList) or not is_backward(node) or len(arguments(node)) > 2:
+        return False
+    source = value(arguments(node)[0])
+    axes = sorted(axis % source.dim() for axis in arguments(node)[1])
+    return bool(source.dtype == torch.float32 and axes == [0, *range(2, source.dim())])
+
+
+def _match_gradient_moment(node: fx.Node) -> tuple[fx.Node, Dequantized, fx.Node] | None:
+    """``sum(mul(g, sub(y, view(center))))`` of a packed output y, as (g, y, center)."""
+    if not _is_batch_sum(node) or not is_call(arguments(node)[0], aten.mul.Tensor):
+        return None
+    for g, centered in (arguments(arguments(node)[0])[:2], arguments(arguments(node)[0])[1::-1]):
+        if not isinstance(g, fx.Node) or not is_call(centered, aten.sub.Tensor):
+            continue
+        y, center = arguments(centered)[:2]
+        output = match_dequantized(y) if isinstance(y, fx.Node) else None
+        vector = strip(center, VIEWS | {aten.unsqueeze.default}) if isinstance(center, fx.Node) else None
+        if output is not None and vector is not None and value(vector).dim() == 1:
+            return g, output, vector
+    return None
 
 
 def _over_batch(node: fx.Node) -> bool:

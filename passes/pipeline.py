@@ -119,6 +119,7 @@ def _float_layers(state: State) -> None:
 
 def _moments(state: State) -> None:
     moments.exact_moments(state.graph)
+    moments.exact_gradient_moments(state.graph)
 
 
 def _fuse(state: State) -> None:

@@ -1,9 +1,9 @@
 """What is kept for the backward: packed bits. Tags for the min-cut partitioner (Inductor's own).
 
 Activation bits and masks are saved; the integer outputs of the products, from which the float output is a
-pointwise function, are computed again from the bits. Weight bits are saved where they are smaller than the
-layer's saved activations, and packed again from the parameter (which costs no memory to keep) where they are not:
-a wide linear layer at a small batch would otherwise save more than float training does.
+pointwise function, are computed again from the bits. Weight bits are saved unless they are `WEIGHT_SHARE` times the
+layer's saved activation bits, and else packed again from the parameter (which costs no memory to keep): a wide linear
+layer at a small batch would otherwise save more than float training does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from .forward import PackedForward
 from .graph import arguments, is_training, value
 
+WEIGHT_SHARE = 8
+"""An activation bit stands for 32 bits of float training: saving up to 8 weight bits for it stays far below that."""
+
 
 def tag_saved(graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node | None) -> None:
     """Tag every packed site's nodes; inference graphs save nothing."""
@@ -26,7 +29,7 @@ def tag_saved(graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node |
         activations = (site.x_bits, site.mask)
         # The operation itself returns a tuple, which cannot be saved: it must be recomputable for its items to be.
         weights = (arguments(site.w_bits)[0], site.w_bits, site.weight_scale)
-        save_weights = _hint(site.w_bits) <= _hint(site.x_bits) + _hint(site.mask)
+        save_weights = _hint(site.w_bits) <= WEIGHT_SHARE * (_hint(site.x_bits) + _hint(site.mask))
         for node in activations:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         for node in weights[1:] if save_weights else weights:

@@ -128,7 +128,7 @@ def _activation_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
 
 def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     made: dict[str, list[Call]] = {"fused_activation": _program_calls(layer, o)}
-    made |= {"pack_bool": [], "unpack_bool": [], "channel_moments": [], "max_pool_gradient": []}
+    made |= {"gradient_moments": [], "pack_bool": [], "unpack_bool": [], "channel_moments": [], "max_pool_gradient": []}
     masks = [o.x > 0, (o.x > 0).movedim(1, -1).contiguous().movedim(-1, 1)]
     made["pack_bool"] = [(mask,) for mask in masks]
     made["unpack_bool"] = [(REFERENCE["pack_bool"](masks[0]), layer.in_channels)]
@@ -136,6 +136,9 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     for largest, dtype in ((40, torch.int16), (32767, torch.int16), (10**6, torch.int32)):
         acc = (o.x * largest / 5).clamp(-largest, largest).to(dtype)
         made["channel_moments"] += [(acc, scale, b, largest) for b in (None, bias) if layer.batch]
+        if dtype == torch.int32:
+            variants = (o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1))
+            made["gradient_moments"] = [(x, acc, scale, b, bias) for x in variants for b in (None, scale)]
     if len(layer.size) != 2 or min(layer.size) < 2 or not layer.batch:
         return made
     x = o.x.relu()  # many ties

@@ -178,7 +178,7 @@ def test_what_programs_cannot_say_stays_outside():
 def test_wrong_programs_are_refused():
     with pytest.raises(UnsupportedInputError, match=r"t0=tanh\(x0\).*accepted"):
         program.parse("full|t0=tanh(x0)")
-    with pytest.raises(UnsupportedInputError, match="reads.*x7"):
+    with pytest.raises(UnsupportedInputError, match=r"reads.*x7"):
         program.parse("full|t0=add(x0,x7)")
 
 

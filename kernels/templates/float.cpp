@@ -104,6 +104,47 @@ EXPORT i64 channel_moments(const void* acc, i64 narrow, i64 count, i64 channels,
   return OK;
 }
 
+// Sums of g and g * acc of up to 64 channels over rows begin <= m < end, in float64.
+template <bool WHOLE>
+INLINE void add_gradient_moments(const float* g, const i32* acc, i64 begin, i64 end, i64 channels, i64 count,
+                                 double* __restrict total, double* __restrict weighted) {
+  for (i64 m = begin; m < end; ++m) {
+    const float* __restrict v = g + m * channels;
+    const i32* __restrict a = acc + m * channels;
+    for (i64 i = 0; i < (WHOLE ? WORD : count); ++i) {
+      const double x = v[i];
+      total[i] += x;
+      weighted[i] += x * double(a[i]);
+    }
+  }
+}
+
+// g and acc [count][channels]; total = sum g, moment = alpha sum g acc + (bias - center) sum g; bias may be null.
+EXPORT i64 gradient_moments(const float* g, const i32* acc, i64 count, i64 channels, const float* scale,
+                            const float* bias, const float* center, float* total, float* moment, i64 threads) {
+  constexpr i64 ROW_BLOCK = {{ row_block }};
+  const i64 blocks = ceil_div(count, ROW_BLOCK), padded = ceil_div(channels, WORD) * WORD;
+  std::vector<double> sums(blocks * padded * 2);
+  parallel_for(blocks, useful_threads(count * channels, threads), [&](i64 b) {
+    const i64 begin = b * ROW_BLOCK, end = std::min(count, begin + ROW_BLOCK);
+    for (i64 c = 0; c < channels; c += WORD) {
+      double *first = &sums[b * padded * 2 + c], *second = first + padded;
+      if (c + WORD <= channels)
+        add_gradient_moments<true>(g + c, acc + c, begin, end, channels, WORD, first, second);
+      else
+        add_gradient_moments<false>(g + c, acc + c, begin, end, channels, channels - c, first, second);
+    }
+  });
+  for (i64 c = 0; c < channels; ++c) {
+    double first = 0, second = 0;
+    for (i64 b = 0; b < blocks; ++b) first += sums[b * padded * 2 + c], second += sums[b * padded * 2 + padded + c];
+    const double shift = bias ? double(bias[c]) - double(center[c]) : -double(center[c]);
+    total[c] = float(first);
+    moment[c] = float(double(scale[c]) * second + shift * first);
+  }
+  return OK;
+}
+
 // -- max-pooling ---------------------------------------------------------------------------------------------
 
 struct Pool {
