@@ -22,12 +22,12 @@ OVERHEAD = "framework overhead"
 ANY_PACKED = "other packed operations"
 PHASES: tuple[tuple[str, str], ...] = (
     # phase, pattern searched for in the event's name: the first match decides
-    ("grad_weight products", r"^fqt::.*grad_weight(_product)?$"),
+    ("grad_weight products", r"^fqt::grad_weight(_product)?$"),
     ("grad_input products", r"^fqt::.*grad_input.*product"),
     ("output products", r"^fqt::.*product"),
     ("fused float", r"^fqt::.*(norm(?!_)|moments|batch|pool|fuse|relu|residual|stat)"),
     ("weight packing and gradient", r"^fqt::.*((quantize|transpose|pack)_weight|weight_grad|weight_pack)"),
-    ("row choice", r"^fqt::.*(select|importance|rows?_choice|draw_seed|(prune|gather|scatter|compact)_rows)"),
+    ("row choice", r"^fqt::.*(select|importance|rows?_choice|draw_seed|(prune|keep|gather|scatter)_rows|gather_words)"),
     ("quantizing", r"^fqt::.*(quantize|gradient|range)"),
     ("packing", r"^fqt::.*(pack|threshold|mask|bits)"),
     (ANY_PACKED, r"^fqt::"),

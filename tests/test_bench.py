@@ -239,7 +239,7 @@ def test_phases_of_a_real_step():
     phases = figures["phases"]
     assert sum(phases.values()) == pytest.approx(figures["step_s"])
     assert all(seconds >= 0 for seconds in phases.values())
-    measured = ("output products", "grad_weight products", "packing", "quantizing", "optimizer")
+    measured = ("output products", "grad_weight products", "fused float", "quantizing", "optimizer")
     assert all(phases[name] > 0 for name in (*measured, "generated float kernels", "float convolution, linear"))
 
 

@@ -95,10 +95,10 @@ def test_offset_type_leaves_room_for_the_last_block():
 
 SCALED_OUTPUT = """
 import torch
-from grid import LAYERS, calls, operands
+from grid import LAYERS, device_calls
 from fqt_compile.kernels import gpu, gpu_products, reference, reference_ops
 for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3-odd-channels", "1-d")]:
-    product = calls(layer)["output_product"][0]
+    _, product = device_calls(layer, "output_product")[0]
     alpha, bias = torch.rand(layer.out_channels) + 0.1, torch.randn(layer.out_channels)
     acc = reference_ops.OPERATIONS["output_product"](*product)
     for strategy in ("popcount", "tensor-core"):
@@ -121,15 +121,21 @@ WHOLE_MODEL = """
 import warnings
 import torch
 from conftest import SmallNet, small_batch, step_gradients
+from fqt_compile import FQTConfig, backend
+from fqt_compile.passes.pipeline import UNOPTIMIZED
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model, (x, y) = SmallNet(norm=True), small_batch(4)
 for options in ({}, {"preset": "paper", "activation": "sign", "bits": 2}):
+    def oracle(gm, inputs):  # the graph that a GPU gets, with the reference
+        config = FQTConfig.from_options(options)
+        joint = backend.FQTPass(config, backend.parameter_names(gm, inputs), steps=UNOPTIMIZED)
+        return backend.compile_interpreted(gm, inputs, joint, backend.ReferenceInterpreter)
+
     results = []
-    for lowering in ("triton", "eager"):
+    for run in (lambda gm, inputs: backend.fqt1bit(gm, inputs, options={**options, "lowering": "triton"}), oracle):
         torch._dynamo.reset()
-        step = torch.compile(model, backend="fqt1bit", options={**options, "lowering": lowering})
-        results.append(step_gradients(step, x, y))
+        results.append(step_gradients(torch.compile(model, backend=run), x, y))
     (loss, gradients), (wanted_loss, wanted) = results
     assert loss == wanted_loss, (options, loss, wanted_loss)
     for name, gradient in wanted.items():

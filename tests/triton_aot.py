@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from grid import LAYERS, calls
+from grid import LAYERS, device_calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,9 +38,12 @@ def recorded() -> list[gpu_launch.Launch]:
             with gpu.force_strategy(strategy), gpu_launch.recording(run=False) as made:
                 for name, function in gpu.OPERATIONS.items():
                     if name not in ("draw_seed", "select"):  # on the host
-                        for arguments in calls(layer)[name]:
+                        for _, arguments in device_calls(layer, name):
                             function(*arguments)
-                product, scale = calls(layer)["output_product"][0], calls(layer)["unpack_weight"][0][1]
+                product, scale = (
+                    device_calls(layer, "output_product")[0][1],
+                    device_calls(layer, "unpack_weight")[0][1][1],
+                )
                 for bias in (None, scale):
                     gpu_products.scaled_output(*product, scale, bias)
             launches += made

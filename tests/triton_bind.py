@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton.runtime.autotuner
 import triton.runtime.driver
-from grid import LAYERS, calls
+from grid import LAYERS, device_calls
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelInterface
 
@@ -69,7 +69,7 @@ def main() -> None:
         for strategy in gpu_strategy.STRATEGIES:
             with gpu.force_strategy(strategy):
                 for name in names:
-                    for arguments in calls(layer)[name][:ARGUMENT_LISTS]:
+                    for _, arguments in device_calls(layer, name)[:ARGUMENT_LISTS]:
                         gpu.OPERATIONS[name](*arguments)
     print(json.dumps(bound))
 

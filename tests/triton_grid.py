@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import torch
 import triton.runtime.interpreter as triton_interpreter
-from grid import LAYERS, REFERENCE, Call, Layer, calls, expected
+from grid import LAYERS, REFERENCE, Call, Layer, device_calls, expected
 from test_kernels import assert_same
 
 from fqt_compile.kernels import gpu, gpu_launch
@@ -39,8 +39,6 @@ LARGE = ("3x3-large", "3x3-many-positions")
 """Layers whose products take the interpreter ten times longer than all others together."""
 NEEDED = ("grad_weight_product", "3x3-many-positions")
 """The only product that several programs add up to, each with several words."""
-CPU_ARGUMENTS = {"output_product": 7, "quantize_rows": 7, "quantize_channels": 8, "dequantize_grad_input": 6}
-"""Where the argument stands that only the CPU's optimizing passes use (``narrow``, ``compact``)."""
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
 
 
@@ -50,8 +48,7 @@ def strategies(operation: str) -> tuple[str, ...]:
 
 def chosen(operation: str, layer: Layer, limit: int) -> Iterator[tuple[int, Call]]:
     """Numbered argument lists: every ``step``-th, starting at a place that depends on the layer."""
-    position = CPU_ARGUMENTS.get(operation, 99)
-    made = [(i, a[:position]) for i, a in enumerate(calls(layer)[operation]) if not any(a[position:])]
+    made = device_calls(layer, operation)
     step = max(1, len(made) // limit) if limit else 1
     return (made[i] for i in range(LAYERS.index(layer) % step, len(made), step))
 
