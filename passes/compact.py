@@ -144,7 +144,9 @@ class _Compaction:
         if node.target is not aten.where.self:
             return None
         mask, first, second = arguments(node)
-        if mask in self.again or not has_rows(mask, node) or mask in self.kept or not self._has_long_history(mask):
+        if mask in self.again or mask in self.kept or not has_rows(mask, node) or value(mask).dim() < 2:
+            return None
+        if not self._has_long_history(mask):
             return None
         if any(is_backward(n) for n in _sources(mask)):
             return None

@@ -118,12 +118,14 @@ class _Region:
             pooled = sources[0]
             pool = arguments(pooled)[0]
             inner, sources = self._absorb(arguments(pool)[0], only_for=pool)
+            if not _are_readable(sources):
+                return
             self._emit(inner, sources)
             _, kernel, stride, padding, *_ = arguments(pool)
             self.window = [*kernel, *stride, *padding]
             self._state(pooled, POOL, [self._argument(arguments(pool)[0])])
             sources = []
-        if len(self.operands) + len(sources) <= MAX_FULL_OPERANDS:
+        if len(self.operands) + len(sources) <= MAX_FULL_OPERANDS and _are_readable(sources):
             self._emit(absorbed, sources)
             self._argument(x)
 
@@ -220,6 +222,11 @@ class _Region:
         if argument in self._names:
             return self._names[argument]
         return "0.0" if is_zero(argument) else self._operand(argument, CHANNEL)
+
+
+def _are_readable(sources: list[fx.Node]) -> bool:
+    """Can programs read these tensors? (A mask of type bool they can only compute.)"""
+    return all(value(source).dtype in SOURCES for source in sources)
 
 
 def _is_dtype(argument: Any) -> bool:

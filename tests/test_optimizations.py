@@ -175,6 +175,25 @@ def test_what_programs_cannot_say_stays_outside():
     assert operations(graph.stages["layout"])["fqt.pack_activation"] == 2
 
 
+class Masked(nn.Module):
+    """A mask that programs cannot read, and one of rank 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(64, 64) for _ in range(3))
+        self.register_buffer("mask", torch.arange(BATCH * 64).view(BATCH, 64) % 3 > 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.first(x)) * self.mask
+        h = torch.relu(self.second(h)) + h
+        return self.third(torch.where(h.sum(1) > 0, h.t(), h.t() * 2).t())
+
+
+def test_masks_from_outside_and_of_one_axis_equal_eager():
+    torch.manual_seed(3)
+    assert_same_step(Masked(), torch.randn(BATCH, 64), torch.arange(BATCH), skip=["last"])
+
+
 def test_wrong_programs_are_refused():
     with pytest.raises(UnsupportedInputError, match=r"t0=tanh\(x0\).*accepted"):
         program.parse("full|t0=tanh(x0)")
