@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedInputError
 from . import codegen, native, program, reference
 from .cpu_forward import CODES
 from .native import call, choice, empty_nhwc, inner_size, nhwc
@@ -70,6 +71,11 @@ def fused_activation(
     ]
     parameters = parameters_for(text, [o.dtype for o in memory])
     n, channels, *spatial = operands[kinds.index(program.FULL)].shape
+    for operand, kind in zip(memory, kinds, strict=True):
+        if kind == program.CHANNEL and operand.shape != (channels,):
+            raise UnsupportedInputError(
+                f"fused_activation: got a channel operand of shape {tuple(operand.shape)}; accepted: ({channels},)"
+            )
     kernel, stride, padding = (list(window[i : i + 2]) for i in (0, 2, 4))
     size = [*map(int, output_size(spatial, kernel, stride, padding))] if window else spatial
     like = memory[0]

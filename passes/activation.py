@@ -49,6 +49,7 @@ FIRST_ARGUMENT = {
     aten._adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool1d.default,
     aten.max_pool2d_with_indices.default,
+    aten.native_dropout.default,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
     prims._low_memory_max_pool_with_offsets.default,

@@ -18,15 +18,19 @@ from .graph import Emitter, aten, is_tensor, operator_of, provenance, value
 PRODUCTS = frozenset({aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default})
 
 
-def cast_float_products(graph: fx.Graph, dtype: torch.dtype, packed: Collection[str]) -> int:
-    """Let every float32 product that does not belong to a site named in ``packed`` run in ``dtype``; how many do."""
+def cast_float_products(graph: fx.Graph, dtype: torch.dtype, packed: Collection[str], own: Collection[fx.Node]) -> int:
+    """Let every float32 product of a layer left in float run in ``dtype``; how many do.
+
+    packed: names of packed sites, whose float products (QAT) stay as they are. own: the layers' own nodes; other
+    matrix products of the model are none of ours, unless a pass made them.
+    """
     emitter = Emitter(graph, "float_layers")
     count = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in PRODUCTS or node.kwargs:
             continue
         made = provenance(node)
-        if (made is not None and made.site in packed) or not _is_float32(node):
+        if (made.site in packed if made is not None else node not in own) or not _is_float32(node):
             continue
         at = emitter.at(node, made.site if made else "float")
         args = [at.cast("cast", a, dtype) if _is_float32(a) else a for a in node.args]

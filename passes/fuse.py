@@ -24,7 +24,7 @@ from torch import fx
 from ..kernels.packing import INT16_LIMIT
 from ..kernels.program import CHANNEL, FULL, POOL, Program, Statement
 from .graph import Emitter, Insertion, arguments, aten, is_backward, is_call, is_tensor, prims, provenance, value
-from .local import is_zero, live_nodes, same
+from .local import is_channel_vector, is_zero, live_nodes, same
 from .moments import largest_output
 
 fqt = torch.ops.fqt
@@ -96,11 +96,21 @@ class _Affine:
 
     def then(self, target: Any, by: Vector) -> _Affine:
         if target is aten.mul.Tensor:
-            scale = by if self.scale is None else (target, self.scale, by)
-            return _Affine(self.base, scale, None if self.shift is None else (target, self.shift, by))
+            scale = by if self.scale is None else _vector_of(target, self.scale, by)
+            return _Affine(self.base, scale, None if self.shift is None else _vector_of(target, self.shift, by))
         if target is aten.sub.Tensor and self.shift is None:
-            return _Affine(self.base, self.scale, (aten.mul.Tensor, by, -1.0))
-        return _Affine(self.base, self.scale, by if self.shift is None else (target, self.shift, by))
+            return _Affine(self.base, self.scale, _vector_of(aten.mul.Tensor, by, -1.0))
+        return _Affine(self.base, self.scale, by if self.shift is None else _vector_of(target, self.shift, by))
+
+
+NUMBERS = {aten.mul.Tensor: operator.mul, aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub}
+
+
+def _vector_of(target: Any, a: Vector, b: Vector) -> Vector:
+    """``target(a, b)``: a number of two numbers, which no kernel could read as a vector."""
+    if isinstance(a, float) and isinstance(b, float):
+        return float(NUMBERS[target](a, b))
+    return (target, a, b)
 
 
 class _Region:
@@ -125,9 +135,12 @@ class _Region:
             self.window = [*kernel, *stride, *padding]
             self._state(pooled, POOL, [self._argument(arguments(pool)[0])])
             sources = []
-        if len(self.operands) + len(sources) <= MAX_FULL_OPERANDS and _are_readable(sources):
+        full = len(sources) + sum(kind == FULL for _, kind in self.operands)
+        if full <= MAX_FULL_OPERANDS and _are_readable(sources):
             self._emit(absorbed, sources)
-            self._argument(x)
+            if self.statements and self._argument(x) == self.statements[-1].name:
+                return
+        self.statements.clear()  # not all of x can be said: nothing is fused
 
     @property
     def program(self) -> Program:
@@ -239,16 +252,6 @@ def _has_shape(node: Any, x: fx.Node) -> bool:
     return all(same(a, b) for a, b in zip(value(node).shape, value(x).shape, strict=True))
 
 
-def _is_channel_vector(node: Any, x: fx.Node) -> bool:
-    """A tensor with one value per channel that broadcasts over ``x``."""
-    if not isinstance(node, fx.Node) or not is_tensor(node) or not value(node).is_floating_point():
-        return False
-    shape, rank = value(node).shape, value(x).dim()
-    padded = [1] * (rank - len(shape)) + list(shape)
-    channels = value(x).shape[1]
-    return len(shape) <= rank and all(same(s, channels if axis == 1 else 1) for axis, s in enumerate(padded))
-
-
 def _supported(node: fx.Node, x: fx.Node) -> bool:
     """Can ``node`` be a statement of a program whose results have the shape of ``x``?"""
     if node.op != "call_function" or node.kwargs or not is_tensor(node) or value(node).dtype not in RESULTS:
@@ -257,11 +260,15 @@ def _supported(node: fx.Node, x: fx.Node) -> bool:
         return False
     if not _has_shape(node, x) or isinstance(value(x).shape[1], torch.SymInt):
         return False
+    if node.target in PASSED_ON and (value(node).dtype == torch.bool) != (
+        value(arguments(node)[0]).dtype == torch.bool
+    ):
+        return False  # a cast to or from bool changes values
     return all(
         _is_number(a)
         or _is_dtype(a)
         or is_zero(a)
-        or _is_channel_vector(a, x)
+        or is_channel_vector(a, x)
         or (isinstance(a, fx.Node) and _has_shape(a, x) and value(a).dtype in (*SOURCES, torch.bool))
         for a in arguments(node)
     )

@@ -75,6 +75,16 @@ def has_rows(node: Any, like: fx.Node) -> bool:
     return x.dim() > 0 and x.dim() == y.dim() and same(x.shape[0], y.shape[0])
 
 
+def is_channel_vector(node: Any, x: fx.Node) -> bool:
+    """A tensor with one value per channel that broadcasts over ``x``."""
+    if not isinstance(node, fx.Node) or not is_tensor(node) or not value(node).is_floating_point():
+        return False
+    shape, rank = value(node).shape, value(x).dim()
+    padded = [1] * (rank - len(shape)) + list(shape)
+    channels = value(x).shape[1]
+    return len(shape) <= rank and all(same(s, channels if axis == 1 else 1) for axis, s in enumerate(padded))
+
+
 def row_operands(node: fx.Node) -> list[fx.Node] | None:
     """The operands whose rows a local operator reads one by one; None where it mixes rows or is not known."""
     if node.op != "call_function" or not is_tensor(node) or value(node).dim() == 0:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .graph import VIEWS, Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
+from .local import is_channel_vector
 
 fqt = torch.ops.fqt
 
@@ -97,11 +98,11 @@ def _match_gradient_moment(node: fx.Node) -> tuple[fx.Node, Dequantized, fx.Node
     if not _is_batch_sum(node) or not is_call(arguments(node)[0], aten.mul.Tensor):
         return None
     for g, centered in (arguments(arguments(node)[0])[:2], arguments(arguments(node)[0])[1::-1]):
-        if not isinstance(g, fx.Node) or not is_call(centered, aten.sub.Tensor):
+        if not isinstance(g, fx.Node) or not is_call(centered, aten.sub.Tensor) or centered.kwargs:
             continue
         y, center = arguments(centered)[:2]
         output = match_dequantized(y) if isinstance(y, fx.Node) else None
-        vector = strip(center, VIEWS | {aten.unsqueeze.default}) if isinstance(center, fx.Node) else None
+        vector = strip(center, VIEWS | {aten.unsqueeze.default}) if is_channel_vector(center, centered) else None
         if output is not None and vector is not None and value(vector).dim() == 1:
             return g, output, vector
     return None
@@ -117,9 +118,11 @@ def _over_batch(node: fx.Node) -> bool:
 def match_dequantized(node: fx.Node) -> Dequantized | None:
     """``mul(float(acc), view(alpha))``, or ``add`` of a bias to it."""
     bias = None
-    if is_call(node, aten.add.Tensor) and isinstance(arguments(node)[1], fx.Node):
+    if is_call(node, aten.add.Tensor) and not node.kwargs and is_channel_vector(arguments(node)[1], node):
         node, bias = arguments(node)[0], strip(arguments(node)[1], VIEWS)
     if not is_call(node, aten.mul.Tensor) or not is_call(arguments(node)[0], prims.convert_element_type.default):
+        return None
+    if not is_channel_vector(arguments(node)[1], node):
         return None
     acc = arguments(arguments(node)[0])[0]
     if not is_call(acc, fqt.output_product.default) or (bias is not None and value(bias).dim() != 1):

@@ -114,7 +114,9 @@ def _compact(state: State) -> None:
 def _float_layers(state: State) -> None:
     if state.config.float_dtype == "bfloat16":
         packed = {site.name for site in state.sites if site.packed}
-        float_layers.cast_float_products(state.graph, torch.bfloat16, packed)
+        nodes = [(s.output, s.backward, s.grad_input, s.grad_weight) for s in state.sites if not s.packed]
+        own = {node for of_site in nodes for node in of_site if node is not None}
+        float_layers.cast_float_products(state.graph, torch.bfloat16, packed, own)
 
 
 def _moments(state: State) -> None:

@@ -175,6 +175,39 @@ def test_what_programs_cannot_say_stays_outside():
     assert operations(graph.stages["layout"])["fqt.pack_activation"] == 2
 
 
+class Between(nn.Module):
+    """``function(network, x)`` between two packed convolutions; bias-free, with BatchNorms to use."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.c1, self.c2, self.c3 = (nn.Conv2d(32, 32, 3, padding=1, bias=False) for _ in range(3))
+        self.b1, self.b2 = nn.BatchNorm2d(32), nn.BatchNorm2d(32)
+        self.last = nn.Linear(32, 10)
+        self.columns = nn.Parameter(torch.randn(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.function(self, torch.relu(self.stem(x)))
+        return self.last(torch.relu(self.c3(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("function", "width"),
+    [
+        (lambda m, x: torch.relu(m.b1(m.c1(x))) - 0.1, 8),  # numbers fold into numbers, not vectors
+        (lambda m, x: torch.relu(m.b1(m.c1(x)) * 2 * 3 - 0.5 + 0.25), 8),
+        (lambda m, x: torch.relu(m.b1(m.c1(x) + m.columns)), 32),  # as many columns as channels
+        (lambda m, x: torch.relu(nn.functional.max_pool2d(m.b1(m.c1(x)) + m.b2(m.c2(x)), 2)), 8),
+        (lambda m, x: torch.relu(m.b1(m.c1(x)).bool().float() * 0.3 - 0.1), 8),
+    ],
+)
+def test_what_a_review_found_wrong_equals_eager(function, width):
+    torch.manual_seed(3)
+    x, y = torch.randn(BATCH, 3, 8, width), torch.arange(BATCH)
+    assert_same_step(Between(function), x, y, tolerance=2e-3)
+
+
 class Masked(nn.Module):
     """A mask that programs cannot read, and one of rank 1."""
 
