@@ -6,7 +6,6 @@ then ``op(x)[rows] = op(x[rows])``, and `compact` may compute it on the kept row
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -152,8 +151,6 @@ def keeps_zero(node: fx.Node, zero: set[fx.Node]) -> bool:
         return all(k or is_zero(a) for k, a in zip(known[1:3], args[1:3], strict=True))
     if node.target in PASS_ZEROS or node.target in (aten.div.Tensor, aten.mm.default):
         return known[0]
-    if node.target is operator.getitem:
-        return False
     return False
 
 
