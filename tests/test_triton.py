@@ -121,39 +121,46 @@ def test_epilogue_of_the_output_product(record_property):
 # -- (c) a whole model in the interpreter --------------------------------------------------------------------
 
 WHOLE_MODEL = """
-import warnings
+import json
 import torch
 from conftest import SmallNet, small_batch, step_gradients
-from fqt_compile import FQTConfig, backend
-from fqt_compile.passes.pipeline import UNOPTIMIZED
+from torch import nn
+from fqt_compile.kernels import gpu_launch
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model, (x, y) = SmallNet(norm=True), small_batch(4)
-for options in ({}, {"preset": "paper", "activation": "sign", "bits": 2}):
-    def oracle(gm, inputs):  # the graph that a GPU gets, with the reference
-        config = FQTConfig.from_options(options)
-        joint = backend.FQTPass(config, backend.parameter_names(gm, inputs), steps=UNOPTIMIZED)
-        return backend.compile_interpreted(gm, inputs, joint, backend.ReferenceInterpreter)
-
+def block(width, channels):
+    return nn.Conv2d(width, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+pooled = nn.Sequential(*block(3, 32), nn.MaxPool2d(2), *block(32, 32), nn.MaxPool2d(3, 2, 1), *block(32, 64),
+                       nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+paper = {"preset": "paper", "activation": "sign", "bits": 2}
+for model, options in ((SmallNet(norm=True), {}), (SmallNet(norm=True), paper), (pooled, {})):
+    x, y = small_batch(4)
     results = []
-    for run in (lambda gm, inputs: backend.fqt1bit(gm, inputs, options={**options, "lowering": "triton"}), oracle):
+    for lowering in ("eager", "triton"):
         torch._dynamo.reset()
-        results.append(step_gradients(torch.compile(model, backend=run), x, y))
-    (loss, gradients), (wanted_loss, wanted) = results
+        with gpu_launch.recording() as launches:
+            step = torch.compile(model, backend="fqt1bit", options={**options, "lowering": lowering})
+            results.append(step_gradients(step, x, y))
+    (wanted_loss, wanted), (loss, gradients) = results
     assert loss == wanted_loss, (options, loss, wanted_loss)
     for name, gradient in wanted.items():
         assert torch.equal(gradients[name], gradient), (options, name)
-    print("equal", options, len(wanted))
+    print(json.dumps(sorted({launch.kernel for launch in launches})))
 """
+OF_OPTIMIZED_GRAPHS = {
+    *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "gradient_sums", "gradient_moments_of_sums"),
+    *("max_pool_taps", "max_pool_gradient", "keep_rows", "gather_rows", "pack_bool", "unpack_bool"),
+}
 
 
 @pytest.mark.slow
 def test_whole_model_equals_the_oracle(record_property):
-    output = run_interpreted("-c", WHOLE_MODEL)
-    assert output.count("equal") == 2
-    record_property(
-        COVERED, "interpreter | whole model, forward and backward, two configurations | equals lowering=eager"
-    )
+    runs = [json.loads(line) for line in run_interpreted("-c", WHOLE_MODEL).splitlines()]
+    assert len(runs) == 3
+    used = {kernel for run in runs for kernel in run}
+    assert used >= OF_OPTIMIZED_GRAPHS
+    covered = f"equals lowering=eager | {', '.join(sorted(used))}"
+    record_property(COVERED, f"interpreter | whole models, forward and backward, three of them | {covered}")
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
