@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import gpu_backward, gpu_float, gpu_forward, gpu_products, reference_ops
+from . import gpu_backward, gpu_float, gpu_forward, gpu_products, gpu_select, reference_ops
 from .gpu_strategy import force_strategy
 
 __all__ = ["OPERATIONS", "force_strategy"]
@@ -42,7 +42,7 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     gpu_products.grad_weight,
     gpu_backward.row_importance,
     gpu_backward.channel_importance,
-    gpu_backward.select,
+    gpu_select.select,
     gpu_backward.quantize_rows,
     gpu_backward.quantize_channels,
     gpu_backward.dequantize_rows,

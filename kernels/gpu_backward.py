@@ -1,8 +1,4 @@
-"""Triton operations on gradients: importance, quantizing, dequantizing. Definitions: `reference_ops`.
-
-`select` runs on the host: it waits for the importances (one float32 per row), chooses with `selection` itself and
-copies the rows back. With ``scope="step"`` that is one wait per step.
-"""
+"""Triton operations on gradients: importance, quantizing, dequantizing. Definitions: `reference_ops`."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import native, reference_ops
+from . import native
 from .cpu_backward import KINDS
 from .gpu_codegen import Spec, spec
 from .gpu_forward import BLOCK, PIXELS
@@ -25,8 +21,6 @@ MAX_PIECES = 64
 GROUPS = 16
 POSITIONS = 64
 CHANNELS = 32
-
-select = reference_ops.select
 
 
 def _group_spec(g: Tensor, groups: int) -> Spec:

@@ -77,13 +77,14 @@ def test_interpreter_equals_reference(group, record_property):
     for (operation, strategy), runs in by_operation.items():
         kernels = sorted({kernel for run in runs for kernel in run["kernels"]})
         shapes = " ".join(f"{run['layer']}:{run['calls']}" for run in runs)
-        record_property(COVERED, f"interpreter | {operation} ({strategy}) | {', '.join(kernels) or 'host'} | {shapes}")
+        record_property(COVERED, f"interpreter | {operation} ({strategy}) | {', '.join(kernels)} | {shapes}")
 
 
 @pytest.mark.slow
 def test_offsets_of_64_bits(record_property):
     """What tensors of more than 2**30 elements use."""
     operations = ["pack_activation", "quantize_weight", "quantize_rows", "output_product", "grad_weight_product"]
+    operations += ["fused_activation", "max_pool_gradient", "gradient_moments"]
     layers = ["linear-one-row", "3x3-odd-channels", "1x1-stride-2"]
     grid = [str(HERE / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
     lines = run_interpreted(*grid).splitlines()
@@ -225,7 +226,7 @@ def assert_expected_instructions(launch: gpu_launch.Launch, made: triton_aot.Com
         assert bool(counts) == (strategy == "popcount")
     if target != "gfx942":
         needed = {"make_groups": "div.rn.f32", "row_norms": "sqrt.rn.f32", "mean_of_sums": "div.rn.f64"}
-        needed |= {"moments_of_sums": "div.rn.f64", "gradient_sums": "add.f64"}
+        needed |= {"moments_of_sums": "div.rn.f64", "gradient_sums": "add.f64", "probabilities": "div.rn.f64"}
         if dict(launch.spec.options).get("program") == PROGRAMS["hardtanh"]:
             needed[launch.kernel] = "div.rn.f32"
         assert re.search(needed.get(launch.kernel, "").replace("add", r"add(\.rn)?"), made.assembly)
@@ -280,12 +281,9 @@ def snapshots() -> list[gpu_codegen.Spec]:
     plain = {"autotune": False, "tiles": ()}
     made = [spec("activation", code=code, offset="tl.int32") for code in ("sign", "threshold")]
     made += [spec("weight", mode=mode, offset="tl.int32") for mode in ("xnor", "none")]
-    made += [spec(name, offset="tl.int32") for name in ("rows", "groups", "dequantize")]
-    made += [
-        spec("quantize", bits=4, offset="tl.int32"),
-        spec("rows", offset="tl.int64"),
-        spec("float", offset="tl.int32"),
-    ]
+    made += [spec(name, offset="tl.int32") for name in ("rows", "groups", "dequantize", "float")]
+    made += [spec("select", prune=prune) for prune in ("systematic", "bernoulli", "topk")]
+    made += [spec("quantize", bits=4, offset="tl.int32"), spec("rows", offset="tl.int64")]
     made += [
         spec("fused_activation", program=text, code=code, values=values, below=True, offset="tl.int32")
         for text, code, values in ((POOLED, "threshold", True), (PROGRAMS["prelu"], "sign", False))

@@ -28,7 +28,6 @@ POOLED_LAYER = "3x3-odd-channels"
 NAMED = {text: name for name, text in (PROGRAMS | {"pooled": POOLED}).items()}
 VARIANTS = ("COMPACT", "PRODUCT")
 """Flags that lead to other memory accesses: kernels are compiled with each."""
-ON_HOST = ("draw_seed", "select")
 PLANES = (4, 8, 1)
 """Of gradient codes; single bits only where they are activations or the code 1 of `grad_input_product`."""
 
@@ -40,7 +39,7 @@ def recorded() -> list[gpu_launch.Launch]:
     """
     launches: list[gpu_launch.Launch] = []
     for layer in (layer for layer in LAYERS if layer.name in (*LAYER_NAMES, POOLED_LAYER)):
-        names = ["fused_activation"] if layer.name == POOLED_LAYER else [n for n in gpu.OPERATIONS if n not in ON_HOST]
+        names = ["fused_activation"] if layer.name == POOLED_LAYER else [n for n in gpu.OPERATIONS if n != "draw_seed"]
         for strategy in ("popcount", "tensor-core"):
             with gpu.force_strategy(strategy), gpu_launch.recording(run=False) as made:
                 for name in names:

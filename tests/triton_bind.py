@@ -62,7 +62,7 @@ def main() -> None:
     triton.runtime.autotuner.Autotuner._bench = lambda *arguments, **options: [1.0, 1.0, 1.0]
     gpu_launch.require_triton = lambda device_types: None
     gpu_launch._on = lambda device: contextlib.nullcontext()
-    names = set(gpu.OPERATIONS) - {"draw_seed", "select"}
+    names = set(gpu.OPERATIONS) - {"draw_seed"}
     if "--autotune" in sys.argv:
         os.environ[gpu_strategy.AUTOTUNE] = "1"
         names = {name for name in names if name.endswith("_product")}
