@@ -5,6 +5,7 @@ Definitions: `reference_ops`. Nothing here waits for the device (`gpu_forward`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -168,6 +169,10 @@ def max_pool_gradient(
     g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """One kernel finds the maximum of every window, one lets every pixel collect what is its own: no atomics."""
+    if math.prod(kernel) > packing.INT16_LIMIT:
+        raise UnsupportedInputError(
+            f"max_pool_gradient: got a window of {list(kernel)}; accepted: at most {packing.INT16_LIMIT} pixels"
+        )
     memory, gradient = values(x), values(g)
     taps = torch.empty_like(gradient, dtype=torch.int16)
     grad = empty_nhwc(g, x.shape, torch.float32)

@@ -216,8 +216,9 @@ def _triton_lines(statements: Sequence[Statement]) -> list[str]:
 
 def _triton_number(text: str) -> str:
     value = float(torch.tensor(float(text), dtype=torch.float32))
-    shown = repr(value) if math.isfinite(value) else f'float("{value}")'
-    return f"tl.full([ROWS, 64], {shown}, tl.float32)"
+    shown = repr(abs(value)) if math.isfinite(value) else f'float("{abs(value)}")'
+    sign = "-" if math.copysign(1, value) < 0 else ""  # outside: tl.full makes +0.0 of -0.0
+    return f"{sign}tl.full([ROWS, 64], {shown}, tl.float32)"
 
 
 def _cpp_number(text: str) -> str:

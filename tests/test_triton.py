@@ -23,7 +23,7 @@ from grid import POOLED, PROGRAMS
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fqt_compile.errors import ConfigError, TritonMissingError
-from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_strategy, reference_ops
+from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_strategy, program, reference_ops
 from fqt_compile.kernels.gpu_codegen import spec
 
 HERE = Path(__file__).parent
@@ -117,6 +117,44 @@ for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3
 def test_epilogue_of_the_output_product(record_property):
     run_interpreted("-c", SCALED_OUTPUT)
     record_property(COVERED, "interpreter | output_product with scale and bias (popcount, tensor-core) | 3 shapes")
+
+
+EVERY_STATEMENT = """
+import warnings
+import torch
+from test_kernels import assert_same
+from fqt_compile.kernels import gpu, program, reference_ops
+warnings.filterwarnings("ignore", message="fqt1bit: NaN or infinite")
+nan, inf = float("nan"), float("inf")
+special = torch.tensor([0.0, -0.0, nan, -nan, inf, -inf, 1e-40, -1e-40, 3e38, 1.0, -1.0, 0.1, 1 + 2**-9, 1 + 3 * 2**-9])
+a, b = special.repeat(len(special), 1), special.view(-1, 1).repeat(1, len(special))
+texts = {}
+for name, operation in program.OPERATIONS.items():
+    if name == "where":
+        texts[name] = "full,full|t0=ge(x0,x1)|t1=where(t0,x1,-0.0)"
+        continue
+    arguments = operation.triton.count("{1}") or operation.cpp.count("{1}")
+    statement = f"t0={name}(x0,x1)" if arguments else f"t0={name}(x0)"
+    kept = "|t1=where(t0,x0,x1)" if operation.is_bool else ""
+    texts[name] = f"full,full|{statement}{kept}"
+texts["numbers"] = "full|t0=mul(x0,0.1)|t1=maximum(t0,-inf)|t2=minimum(1e-40,t1)|t3=sub(-0.0,t2)"
+texts["nothing before the pool"] = "full|t0=pool(x0)"
+for name, text in texts.items():
+    pool = "pool" in text
+    operands = [x.view(1, 14, 7, 2) if pool else x for x in (a, b)][: text.split("|")[0].count("full")]
+    for code, below in (("sign", True), ("threshold", False)):
+        call = (operands, text, code, [2, 2, 1, 1, 1, 1] if pool else [], True, below)
+        made, wanted = (o["fused_activation"](*call) for o in (gpu.OPERATIONS, reference_ops.OPERATIONS))
+        assert_same(made, wanted, name)
+    print(name)
+"""
+
+
+@pytest.mark.slow
+def test_every_statement_of_programs_on_special_values(record_property):
+    lines = run_interpreted("-c", EVERY_STATEMENT).splitlines()
+    assert set(lines) >= set(program.OPERATIONS)
+    record_property(COVERED, f"interpreter | statements of programs, zeros, NaN, infinities | {', '.join(lines)}")
 
 
 # -- (c) a whole model in the interpreter --------------------------------------------------------------------
