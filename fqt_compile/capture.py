@@ -22,9 +22,9 @@ from .backend import FQTPass, compile_interpreted, parameter_names, warn_about
 from .config import FQTConfig
 from .errors import CaptureError
 from .passes.compact import CompactedRows
-from .passes.fuse import FusedActivation
 from .passes.graph import arguments, describe, value
 from .passes.pipeline import State, run_pipeline
+from .passes.region import FusedProgram
 from .passes.sites import Site
 
 _COUNTER = itertools.count()
@@ -66,7 +66,7 @@ class CapturedGraph:
     stages: dict[str, str]
     saved_bytes: int
     compacted: CompactedRows
-    fused: list[FusedActivation]
+    fused: list[FusedProgram]
 
 
 def capture(

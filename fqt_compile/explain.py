@@ -18,7 +18,7 @@ from torch import nn
 from .capture import CapturedGraph, SiteReport, capture
 from .config import FQTConfig
 from .errors import ConfigError
-from .passes.fuse import FusedActivation
+from .passes.region import FusedProgram
 
 
 @dataclasses.dataclass
@@ -45,13 +45,13 @@ class Report:
     row_choice: list[str]
     unseen: list[str]
     optimizations: list[str]
-    fused: list[FusedActivation]
+    fused: list[FusedProgram]
 
     @functools.cached_property
     def kernels(self) -> dict[str, str]:
-        from .kernels import codegen, cpu_float
+        from .kernels import codegen, cpu_program
 
-        programs = dict.fromkeys(cpu_float.parameters_for(f.text, f.dtypes) for f in self.fused)
+        programs = dict.fromkeys((f.template, cpu_program.parameters_for(f.text, f.dtypes)) for f in self.fused)
         return codegen.rendered_sources(programs)
 
     @property
@@ -151,8 +151,12 @@ def _optimizations(graph: CapturedGraph) -> list[str]:
         lines.append(f"row compaction: {graph.compacted.count} values of the backward on the kept rows only")
     lines += [f"row compaction: {reason}" for reason in graph.compacted.reasons]
     if graph.fused:
-        programs = len({fused.text for fused in graph.fused})
-        lines.append(f"fusion: {len(graph.fused)} activations straight to bits, {programs} programs")
+        texts = {fused.text for fused in graph.fused}
+        activations = sum(fused.template == "fused_activation" for fused in graph.fused)
+        gradients = len(graph.fused) - activations
+        lines.append(
+            f"fusion: {activations} activations straight to bits, {gradients} gradients, {len(texts)} programs"
+        )
     return lines
 
 

@@ -33,7 +33,7 @@ from .isa import ISAS, current_isa
 
 CACHE_ENVIRONMENT = "FQT_COMPILE_CACHE"
 TEMPLATES = Path(__file__).parent / "templates"
-PROGRAM_TEMPLATE = "fused_activation"
+PROGRAM_TEMPLATES = ("fused_activation", "fused_gradient")
 COMPILERS = ("c++", "g++", "clang++")
 OPENMP = "-fopenmp"
 # IEEE float32 as written: no contraction to fused multiply-add, no -ffast-math. The two -fno- flags only promise
@@ -87,11 +87,11 @@ def render(template: str, parameters: Parameters = ()) -> str:
     return environment(TEMPLATES).get_template(f"{template}.cpp").render(PARAMETERS | dict(parameters))
 
 
-def rendered_sources(programs: Iterable[Parameters] = ()) -> dict[str, str]:
+def rendered_sources(programs: Iterable[tuple[str, Parameters]] = ()) -> dict[str, str]:
     """Every kernel source by template name; those of pointwise programs are rendered for ``programs``."""
-    paths = [path for path in sorted(TEMPLATES.glob("*.cpp")) if path.stem != PROGRAM_TEMPLATE]
+    paths = [path for path in sorted(TEMPLATES.glob("*.cpp")) if path.stem not in PROGRAM_TEMPLATES]
     sources = {path.stem: render(path.stem) for path in paths}
-    return sources | {f"{PROGRAM_TEMPLATE}-{i}": render(PROGRAM_TEMPLATE, p) for i, p in enumerate(programs, 1)}
+    return sources | {f"{template}-{i}": render(template, p) for i, (template, p) in enumerate(programs, 1)}
 
 
 def find_compiler() -> list[str]:

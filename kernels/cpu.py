@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import cpu_backward, cpu_float, cpu_forward, reference_ops
+from . import cpu_backward, cpu_float, cpu_forward, cpu_program, reference_ops
 from .isa import force_isa, supported_isas
 
 __all__ = ["OPERATIONS", "force_isa", "supported_isas"]
@@ -22,7 +22,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     cpu_forward.pack_activation,
     cpu_forward.unpack_activation,
     cpu_forward.apply_mask,
-    cpu_float.fused_activation,
+    cpu_program.fused_activation,
+    cpu_program.fused_gradient,
     cpu_float.pack_bool,
     cpu_float.unpack_bool,
     cpu_float.channel_moments,

@@ -98,6 +98,12 @@ def scatter_rows(kept: Tensor, rows: Tensor, size: int) -> Tensor:
 # -- quantizing ----------------------------------------------------------------------------------------------
 
 
+def _extremes(name: str, extremes: Tensor | None, groups: int) -> Tensor | None:
+    if extremes is not None and extremes.shape != (2, groups):
+        raise UnsupportedInputError(f"{name}: got extremes of shape {tuple(extremes.shape)}; accepted: (2, {groups})")
+    return vector(extremes)
+
+
 def quantize_rows(
     g: Tensor,
     weight_scale: Tensor | None,
@@ -107,6 +113,7 @@ def quantize_rows(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_rows", bits)
     samples, inner, channels = _sizes(g)
@@ -116,7 +123,8 @@ def quantize_rows(
     kept = (vector(weight_scale), indices(rows), count, vector(row_scale))
     keys = _keys(seed, stream)
     sizes = (samples, inner, channels, compact)
-    call("quantize", "quantize_rows", nhwc(g), *sizes, *kept, *keys, bits, planes, scale, zero)
+    known = _extremes("quantize_rows", extremes, samples)
+    call("quantize", "quantize_rows", nhwc(g), *sizes, *kept, *keys, bits, known, planes, scale, zero)
     return planes, scale, zero
 
 
@@ -130,6 +138,7 @@ def quantize_channels(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_channels", bits)
     count, width = rows.shape[0], g.shape[1] if channels is None else channels.shape[0]
@@ -140,7 +149,8 @@ def quantize_channels(
     chosen = (None if channels is None else indices(channels), width, vector(channel_scale))
     keys = _keys(seed, stream)
     sizes = (*_sizes(g), compact)
-    call("quantize", "quantize_channels", nhwc(g), *sizes, *kept, *chosen, *keys, bits, lanes, scale, zero)
+    known = _extremes("quantize_channels", extremes, g.shape[1])
+    call("quantize", "quantize_channels", nhwc(g), *sizes, *kept, *chosen, *keys, bits, known, lanes, scale, zero)
     return lanes, scale, zero
 
 

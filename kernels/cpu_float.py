@@ -2,108 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedInputError
-from . import codegen, native, program, reference
-from .cpu_forward import CODES
-from .native import call, choice, empty_nhwc, inner_size, nhwc
-from .ops import output_size
+from . import native
+from .native import call, empty_nhwc, inner_size, nhwc
 from .packing import WORD, ceil_div
-
-ELEMENTS = {torch.float32: "float", torch.int32: "i32", torch.int16: "i16", torch.bfloat16: "bf16"}
-
-
-@functools.cache
-def program_parameters(text: str, types: tuple[str, ...]) -> codegen.Parameters:
-    """What the template of pointwise programs is rendered with; ``types``: C++ types of the operands."""
-    parsed = program.parse(text)
-    operands = tuple(
-        _Operand(index, kind == program.FULL, element)
-        for index, (kind, element) in enumerate(zip(parsed.operands, types, strict=True))
-    )
-    before, after, pool = parsed.before_pool, parsed.after_pool, parsed.pool
-    first = before[-1].name if before else "x0"
-    result = pool.arguments[0] if pool else first
-    return (
-        ("text", text),
-        ("operands", operands),
-        ("before", tuple(program.cpp_lines(before))),
-        ("before_result", result),
-        ("pooled", pool.name if pool else ""),
-        ("after", tuple(program.cpp_lines(after))),
-        ("after_result", after[-1].name if after else pool.name if pool else ""),
-    )
-
-
-def parameters_for(text: str, dtypes: Sequence[torch.dtype]) -> codegen.Parameters:
-    """`program_parameters` by torch dtypes."""
-    kinds = program.parse(text).operands
-    types = (ELEMENTS[d] if kind == program.FULL else "float" for kind, d in zip(kinds, dtypes, strict=True))
-    return program_parameters(text, tuple(types))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operand:
-    index: int
-    full: bool
-    type: str
-
-
-def fused_activation(
-    operands: Sequence[Tensor],
-    text: str,
-    code: str,
-    window: Sequence[int],
-    keep_values: bool,
-    keep_below: bool,
-    after: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kinds = program.parse(text).operands
-    memory = [
-        native.nhwc_memory(o) if kind == program.FULL else o.to(torch.float32).contiguous()
-        for o, kind in zip(operands, kinds, strict=True)
-    ]
-    parameters = parameters_for(text, [o.dtype for o in memory])
-    n, channels, *spatial = operands[kinds.index(program.FULL)].shape
-    for operand, kind in zip(memory, kinds, strict=True):
-        if kind == program.CHANNEL and operand.shape != (channels,):
-            raise UnsupportedInputError(
-                f"fused_activation: got a channel operand of shape {tuple(operand.shape)}; accepted: ({channels},)"
-            )
-    kernel, stride, padding = (list(window[i : i + 2]) for i in (0, 2, 4))
-    size = [*map(int, output_size(spatial, kernel, stride, padding))] if window else spatial
-    like = memory[0]
-    bits, mask = (like.new_empty([n, *size, ceil_div(channels, WORD)], dtype=torch.int64) for _ in range(2))
-    values = empty_nhwc(like, [n, channels, *size], torch.float32) if keep_values else None
-    below = torch.empty_like(bits) if keep_below else None
-    threshold = torch.empty((), dtype=torch.float32)
-    ones = [1] * len(spatial)
-    shape = native.geometry(
-        batch=n,
-        words=0,
-        channels=channels,
-        input_size=spatial,
-        output_size=size,
-        kernel=kernel or ones,
-        stride=stride or ones,
-        padding=padding or [0] * len(spatial),
-    )
-    outputs = (choice("code", code, CODES), threshold, bits, mask, values, below)
-    call(codegen.PROGRAM_TEMPLATE, "fused_activation", *memory, shape, *outputs, parameters=parameters)
-    if code == "threshold":
-        reference.warn_unless_finite(threshold.item())
-    return (
-        bits,
-        mask,
-        like.new_empty(0, dtype=torch.float32) if values is None else values,
-        bits.new_empty(0) if below is None else below,
-    )
 
 
 def pack_bool(mask: Tensor) -> Tensor:
@@ -136,7 +42,8 @@ def gradient_moments(
 ) -> tuple[Tensor, Tensor]:
     channels = g.shape[1]
     total, moment = (weight_scale.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    operands = (nhwc(g), native.nhwc_memory(acc.to(torch.int32)), g.shape[0] * inner_size(g), channels)
+    narrow = acc.dtype == torch.int16
+    operands = (nhwc(g), native.nhwc_memory(acc), narrow, g.shape[0] * inner_size(g), channels)
     vectors = (native.vector(weight_scale), native.vector(bias), native.vector(center))
     call("float", "gradient_moments", *operands, *vectors, total, moment)
     return total, moment

@@ -30,6 +30,8 @@ SCHEMAS = {
     "pack_activation": "(Tensor x, Tensor? threshold, Tensor? after=None) -> (Tensor, Tensor)",
     "fused_activation": "(Tensor[] operands, str text, str code, int[] window, bool keep_values, bool keep_below, "
     "Tensor? after=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "fused_gradient": "(Tensor[] operands, str text, bool measure, Tensor? weight_scale=None) "
+    "-> (Tensor, Tensor, Tensor)",
     "unpack_activation": "(Tensor x_bits, int channels, str code) -> Tensor",
     "apply_mask": "(Tensor g, Tensor mask) -> Tensor",
     "pack_bool": "(Tensor mask) -> Tensor",
@@ -51,11 +53,11 @@ SCHEMAS = {
     "gather_rows": "(Tensor x, Tensor rows) -> Tensor",
     "scatter_rows": "(Tensor kept, Tensor rows, SymInt size) -> Tensor",
     "quantize_rows": "(Tensor g, Tensor? weight_scale, Tensor rows, Tensor? row_scale, Tensor seed, int stream, "
-    "int bits, bool compact=False) -> (Tensor, Tensor, Tensor)",
+    "int bits, bool compact=False, Tensor? extremes=None) -> (Tensor, Tensor, Tensor)",
     "dequantize_rows": "(Tensor planes, Tensor scale, Tensor zero_point, Tensor rows, int channels, SymInt size) "
     "-> Tensor",
     "quantize_channels": "(Tensor g, Tensor rows, Tensor? row_scale, Tensor? channels, Tensor? channel_scale, "
-    "Tensor seed, int stream, int bits, bool compact=False) -> (Tensor, Tensor, Tensor)",
+    "Tensor seed, int stream, int bits, bool compact=False, Tensor? extremes=None) -> (Tensor, Tensor, Tensor)",
     "grad_input_product": "(Tensor planes, Tensor w_bits_t, int in_channels, int out_channels, "
     "SymInt[] input_size, int[] stride, int[] padding) -> (Tensor, Tensor)",
     "dequantize_grad_input": "(Tensor acc, Tensor weight_sum, Tensor scale, Tensor zero_point, Tensor rows, "
@@ -132,6 +134,16 @@ def _fused_activation(
     )
     below = torch.empty_like(bits) if keep_below else full.new_empty(0, dtype=torch.int64)
     return bits, mask, values, below
+
+
+@_fake
+def _fused_gradient(
+    operands: Sequence[Tensor], text: str, measure: bool, weight_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    full = operands[program.parse(text).operands.index(program.FULL)]
+    sizes = ([2, full.shape[0]], [2, full.shape[1]]) if measure else ([0], [0])
+    row_extremes, channel_extremes = (full.new_empty(size, dtype=torch.float32) for size in sizes)
+    return empty_nhwc(full, full.shape, torch.float32), row_extremes, channel_extremes
 
 
 @_fake
@@ -266,6 +278,7 @@ def _quantize_rows(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, c, *spatial = g.shape
     k = rows.shape[0]
@@ -291,6 +304,7 @@ def _quantize_channels(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     c = g.shape[1] if channels is None else channels.shape[0]
     positions = rows.shape[0]

@@ -7,9 +7,10 @@ carries:
     full,channel,channel|t0=mul(x0,x1)|t1=sub(t0,x2)|t2=relu(t1)|t3=pool(t2)|t4=add(t3,0.5)
 
 ``x0, x1, ...`` are the operands: ``full`` ones have an element for every element of the result, ``channel`` ones a
-vector ``[C]``. An argument is an operand, an earlier statement or a number. ``pool`` is a max-pool over a window
-given with the call; it occurs at most once, and statements after it work at the pooled resolution, where full
-operands may not be read. The last statement is the result.
+vector ``[C]``, ``bits`` ones a truth value for every element, packed along channels (packing.py). An argument is an
+operand, an earlier statement or a number. ``pool`` is a max-pool over a window given with the call; it occurs at most
+once, and statements after it work at the pooled resolution, where full operands may not be read. The last statement
+is the result.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedInputError
+from . import packing
 
-FULL, CHANNEL, POOL = "full", "channel", "pool"
+FULL, CHANNEL, BITS, POOL = "full", "channel", "bits", "pool"
 _STATEMENT = re.compile(r"(t\d+)=(\w+)\(([^()]*)\)")
 
 
@@ -93,7 +95,7 @@ class Statement:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """operands: ``full`` or ``channel``, in order; statements in order of evaluation."""
+    """operands: ``full``, ``channel`` or ``bits``, in order; statements in order of evaluation."""
 
     operands: tuple[str, ...]
     statements: tuple[Statement, ...]
@@ -151,15 +153,19 @@ def _is_number(text: str) -> bool:
 
 
 def evaluate(program: Program, operands: Sequence[Tensor], window: Sequence[int]) -> Tensor:
-    """The definition. operands: full ones logical ``[N, C, *S]``, channel ones ``[C]``; float32 result.
+    """The definition. operands: full ones logical ``[N, C, *S]``, channel ones ``[C]``, bits ones int64 words
+    ``[N, *S, ceil(C/64)]``; float32 result.
 
     window: ``[kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w]`` of the pool, empty without one.
     """
-    rank = next(o.dim() for o, kind in zip(operands, program.operands, strict=True) if kind == FULL)
+    full = next(o for o, kind in zip(operands, program.operands, strict=True) if kind == FULL)
     values: dict[str, Tensor] = {}
     for i, (operand, kind) in enumerate(zip(operands, program.operands, strict=True)):
-        shaped = operand if kind == FULL else operand.view(1, -1, *[1] * (rank - 2))
-        values[f"x{i}"] = shaped.to(torch.float32)
+        if kind == BITS:
+            values[f"x{i}"] = packing.unpack_rows(operand, full.shape[1])
+        else:
+            shaped = operand if kind == FULL else operand.view(1, -1, *[1] * (full.dim() - 2))
+            values[f"x{i}"] = shaped.to(torch.float32)
     for statement in program.statements:
         arguments = [values[a] if a in values else torch.tensor(float(a)) for a in statement.arguments]
         if statement.operation == POOL:

@@ -282,17 +282,21 @@ def importance(rows: Tensor, kind: str) -> Tensor:
 # -- 4. quantizing (NUMERICS 4) ------------------------------------------------------------------------------
 
 
-def quantize_groups(v: Tensor, index: Tensor, keys: tuple[int, int], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_groups(
+    v: Tensor, index: Tensor, keys: tuple[int, int], bits: int, extremes: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Stochastic rounding of every row of ``v [G, n]`` to b bits: codes int64, scale and zero_point ``[G]``.
 
     z = min v, s = (max v - min v) / (2**b - 1), r = 1 / s (0 where s = 0), q = floor((v - z) r + u) clamped to
     0..2**b - 1, u = uniform noise of the element ``index``. A NaN in a group makes its s and z NaN and its
     codes 0, so that everything dequantized from it is NaN. Departure from NUMERICS: a multiplication by the
     rounded reciprocal instead of a division (four times cheaper; the bias is below 2**-23 of a step).
+    extremes: min v and max v, ``[2, G]``, where they are known.
     """
+    low, high = (v.amin(1), v.amax(1)) if extremes is None else extremes
     top = float((1 << bits) - 1)
-    zero = v.amin(1) + 0.0  # -0.0 becomes +0.0, so that the sign of zero does not depend on the order
-    scale = (v.amax(1) + 0.0 - zero) / top
+    zero = low + 0.0  # -0.0 becomes +0.0, so that the sign of zero does not depend on the order
+    scale = (high + 0.0 - zero) / top
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     position = (v - zero[:, None]) * inverse[:, None] + noise.uniform(index, keys)
     codes = torch.nan_to_num(position, nan=0.0).clamp(0, top).floor().to(torch.int64)
@@ -314,12 +318,14 @@ def quantize_rows(
     keys: tuple[int, int],
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PSQ: one group per kept row of ``alpha * g`` (paper, per-sample quantizer). For grad_input.
 
     g ``[N, C, *S]``, rows int32 ``[K]`` (-1: unused). Returns codes int64 ``[K, C, *S]``, scale and zero_point
     float32 ``[K]``. 1/p_i is folded into both (quantizing commutes with a positive factor).
     compact: g holds the kept rows only, ``[K, C, *S]``; the noise is that of their places in the whole gradient.
+    extremes: least and greatest value of every row of ``alpha * g``, ``[2, N]`` (compact: ``[2, K]``), if known.
     """
     valid = rows[rows >= 0].to(torch.int64)
     kept = kept_rows(as_float32(g), rows, compact)
@@ -329,7 +335,8 @@ def quantize_rows(
     scale, zero = torch.zeros(2, rows.shape[0], device=g.device)
     if valid.numel():
         index = nhwc_rows(_element_index(g, valid))
-        flat, s, z = quantize_groups(nhwc_rows(kept), index, keys, bits)
+        known = None if extremes is None else kept_rows(extremes.t(), rows, compact).t()
+        flat, s, z = quantize_groups(nhwc_rows(kept), index, keys, bits, known)
         count = valid.shape[0]
         codes[:count] = channels_second(flat.view(count, *g.shape[2:], g.shape[1]))
         factor = 1.0 if row_scale is None else row_scale[:count]
@@ -360,12 +367,14 @@ def quantize_channels(
     keys: tuple[int, int],
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PCQ: one group per output channel over the kept rows of ``g / p`` (paper, per-channel quantizer).
 
     channels int32 ``[C']`` (-1: unused) restricts to kept channels, whose 1/p_c is folded into scale and
     zero_point. Returns codes int64 ``[K, C', *S]``, scale and zero_point float32 ``[C']``. For grad_weight.
-    ``compact`` as in `quantize_rows`.
+    ``compact`` as in `quantize_rows`. extremes: least and greatest value of every channel, ``[2, C]``, of all of
+    ``g / p``, if known: for a compact g, or where every row is kept.
     """
     kept = kept_gradient(g, rows, row_scale, compact)
     index = _element_index(g, rows[rows >= 0])
@@ -376,8 +385,10 @@ def quantize_channels(
     if channels is not None:
         chosen = channels[channels >= 0].to(torch.int64)
         kept, index, used = kept[:, chosen], index[:, chosen], chosen.shape[0]
+        extremes = None if extremes is None else extremes[:, chosen]
     if count and used:
-        flat, s, z = quantize_groups(kept.transpose(0, 1).flatten(1), index.transpose(0, 1).flatten(1), keys, bits)
+        values, places = (t.transpose(0, 1).flatten(1) for t in (kept, index))
+        flat, s, z = quantize_groups(values, places, keys, bits, extremes)
         codes[:count, :used] = flat.view(used, count, *g.shape[2:]).transpose(0, 1)
         factor = 1.0 if channel_scale is None else channel_scale[:used]
         scale[:used], zero[:used] = s * factor, z * factor

@@ -97,6 +97,24 @@ def fused_activation(
 
 
 @_operation
+def fused_gradient(
+    operands: Sequence[Tensor], text: str, measure: bool, weight_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The float32 values v ``[N, C, *S]`` of a pointwise program, and what quantizing them starts with if ``measure``.
+
+    That is least and greatest value of ``weight_scale v`` per row, ``[2, N]``, and of v per channel, ``[2, C]``; NaN
+    where there is one, +0 for -0, empty unless asked for.
+    """
+    values = program.evaluate(program.parse(text), operands, ())
+    if not measure:
+        return _nhwc(values), values.new_empty(0), values.new_empty(0)
+    scaled = values if weight_scale is None else values * reference.per_channel(weight_scale, values)
+    rows, channels = scaled.flatten(1), values.transpose(0, 1).flatten(1)
+    row_extremes, channel_extremes = (torch.stack([v.amin(1), v.amax(1)]) + 0.0 for v in (rows, channels))
+    return _nhwc(values), row_extremes, channel_extremes
+
+
+@_operation
 def unpack_activation(x_bits: Tensor, channels: int, code: str) -> Tensor:
     return _nhwc(_activation_values(x_bits, channels, code))
 
@@ -234,8 +252,10 @@ def quantize_rows(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scale, zero = reference.quantize_rows(g, weight_scale, rows, row_scale, _keys(seed, stream), bits, compact)
+    groups = (_keys(seed, stream), bits, compact, extremes)
+    codes, scale, zero = reference.quantize_rows(g, weight_scale, rows, row_scale, *groups)
     return packing.pack_planes(codes, bits), scale, zero
 
 
@@ -259,8 +279,9 @@ def quantize_channels(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = (channels, channel_scale, _keys(seed, stream), bits, compact)
+    groups = (channels, channel_scale, _keys(seed, stream), bits, compact, extremes)
     codes, scale, zero = reference.quantize_channels(g, rows, row_scale, *groups)
     return packing.pack_lanes(codes, bits), scale, zero
 

@@ -8,7 +8,6 @@ the operators allow, float operations included:
     packed operations                read and write kept rows only (``compact=True``)
     values of the forward pass       gathered; or computed again on the kept rows from what is saved anyway, if a
                                      single product or convolution of the input leads to them
-    masks with a longer history      saved as bits
 
 No number changes but the order of float sums: an operator that mixes rows in a way not listed here keeps its full
 operands, and the pass records which (`CompactedRows.reasons`).
@@ -17,28 +16,13 @@ operands, and the pass records which (`CompactedRows.reasons`).
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
 
-from .graph import (
-    VIEWS,
-    Emitter,
-    Insertion,
-    arguments,
-    aten,
-    is_backward,
-    is_call,
-    is_tensor,
-    operator_of,
-    prims,
-    provenance,
-    strip,
-    value,
-)
+from .gradients import row_sources
+from .graph import Emitter, Insertion, arguments, aten, is_backward, is_call, operator_of, provenance, value
 from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands
 
 fqt = torch.ops.fqt
@@ -87,16 +71,11 @@ class _Compaction:
         """Give ``node`` a compact form, or let it read compact operands."""
         if self._packed_operation(node):
             return
-        pooled = _max_pool_backward(node)
-        if pooled is not None and pooled.gradient in self.kept:
-            self._pool(node, pooled)
-            return
         if not any(n in self.kept for n in node.all_input_nodes):
             return
         operands = row_operands(node)
         if operands is not None and any(n in self.kept for n in operands):
-            masked = self._masked(node)
-            self._keep(node, masked or self._rebuild(self.at(node), node, operands), keeps_zero(node, self.zero))
+            self._keep(node, self._rebuild(self.at(node), node, operands), keeps_zero(node, self.zero))
         elif node.target is aten.sum.dim_IntList and arguments(node)[0] in self.zero:
             node.update_arg(0, self.kept[arguments(node)[0]])
 
@@ -139,40 +118,6 @@ class _Compaction:
         rebuilt: fx.Node = at.call("compact", operator_of(node), *args, **kwargs)
         return rebuilt
 
-    def _masked(self, node: fx.Node) -> fx.Node | None:
-        """``where(mask, a, b)`` whose mask has a long history in the forward: the mask is saved as bits."""
-        if node.target is not aten.where.self:
-            return None
-        mask, first, second = arguments(node)
-        if mask in self.again or mask in self.kept or not has_rows(mask, node) or value(mask).dim() < 2:
-            return None
-        if not self._has_long_history(mask):
-            return None
-        if any(is_backward(n) for n in _sources(mask)):
-            return None
-        bits = self._save_bits(mask)
-        at = self.at(node)
-        words = at.call("mask", fqt.gather_words.default, bits, self.rows)
-        self.again[mask] = at.call("mask", fqt.unpack_bool.default, words, value(mask).shape[1])
-        operands = [n for n in (mask, first, second) if has_rows(n, node)]
-        return self._rebuild(at, node, operands)
-
-    def _save_bits(self, mask: fx.Node) -> fx.Node:
-        """Bits of a comparison that autograd placed in the backward, made in the forward, right after its operand."""
-        source = max(_forward_leaves(mask), key=list(self.graph.nodes).index)
-        following = source.next
-        while following.op == "placeholder" or is_call(following, operator.getitem):
-            following = following.next
-        at = self.emitter.at(source, "step")
-        at.anchor = following
-        moved = _copy_down(self.emitter, at, mask)
-        bits: fx.Node = at.call("mask_bits", fqt.pack_bool.default, moved)
-        for made in (moved, bits):
-            made.meta["partitioner_tag"] = "is_forward"
-            made.meta.pop("autograd_backward", None)
-        bits.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        return bits
-
     # -- forward values ----------------------------------------------------------------------------------------
 
     def _again(self, at: Insertion, node: fx.Node) -> fx.Node:
@@ -197,19 +142,9 @@ class _Compaction:
             recomputed = at.call("convolution", operator_of(node), self._again(at, args[0]), *args[1:])
             return recomputed
         operands = row_operands(node)
-        if operands is None or self._has_long_history(node):
+        if operands is None or len(row_sources(node)) != 1:
             return None
         return self._rebuild(at, node, operands)
-
-    def _has_long_history(self, node: fx.Node) -> bool:
-        """More than one product, convolution or other row value leads to it by local operators."""
-        return len(_sources(node)) != 1
-
-    def _pool(self, node: fx.Node, pooled: MaxPoolBackward) -> None:
-        at = self.at(node)
-        args = (self.kept[pooled.gradient], self._of(at, pooled.x), *pooled.window)
-        compact = at.call("max_pool", fqt.max_pool_gradient.default, *args)
-        self._keep(node, compact, pooled.gradient in self.zero)
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -231,65 +166,3 @@ class _Compaction:
                 for reader in readers:
                     reader.replace_input_with(node, full)
         return report
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """Row values from which local operators compute ``node``."""
-    sources: set[fx.Node] = set()
-    pending, seen = [node], set()
-    while pending:
-        item = pending.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        operands = row_operands(item)
-        if operands is None:
-            sources.add(item)
-        else:
-            pending.extend(operands)
-    return sources
-
-
-def _forward_leaves(mask: fx.Node) -> list[fx.Node]:
-    """Forward values that the backward-tagged local operators of ``mask`` start from."""
-    if not is_backward(mask):
-        return [mask]
-    return [leaf for n in row_operands(mask) or [] for leaf in _forward_leaves(n)]
-
-
-def _copy_down(emitter: Emitter, at: Insertion, node: fx.Node) -> fx.Node:
-    """A copy of backward-tagged local operators in the forward part."""
-    if not is_backward(node):
-        return node
-    copies = {n: _copy_down(emitter, at, n) for n in row_operands(node) or []}
-    args: Any = fx.node.map_arg(node.args, lambda n: copies.get(n, n))
-    copied: fx.Node = at.call("mask", operator_of(node), *args)
-    return copied
-
-
-@dataclasses.dataclass(frozen=True)
-class MaxPoolBackward:
-    """The gradient of a 2-D max-pool as autograd and Inductor write it: a scatter of g to saved positions."""
-
-    gradient: fx.Node
-    x: fx.Node
-    window: tuple[list[int], list[int], list[int]]
-
-
-def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | None:
-    """``view(scatter_add(0, 1, view(positions), view(g)))``, without dilation and ceil_mode."""
-    scatter = strip(arguments(node)[0], VIEWS) if node.target in VIEWS and value(node).dim() == 4 else None
-    if scatter is None or not is_call(scatter, aten.scatter_add.default):
-        return None
-    _, _, index, source = arguments(scatter)
-    to_indices = strip(index, VIEWS)
-    if not is_call(to_indices, prims._low_memory_max_pool_offsets_to_indices.default):
-        return None
-    gradient = source
-    while gradient.target in VIEWS and value(gradient).dim() != 4:
-        gradient = arguments(gradient)[0]
-    pool = arguments(strip(arguments(to_indices)[0], VIEWS))[0]
-    x, kernel, stride, padding, dilation, ceil_mode = arguments(pool)
-    if ceil_mode or any(d != 1 for d in dilation) or not is_tensor(gradient) or value(gradient).dim() != 4:
-        return None
-    return MaxPoolBackward(gradient, x, (list(kernel), list(stride), list(padding)))

@@ -30,6 +30,8 @@ ONE_OPERAND = frozenset(
     }
 )
 """Local in the axis 0 of all their row operands."""
+PACKED = frozenset({torch.ops.fqt.max_pool_gradient.default, torch.ops.fqt.unpack_bool.default})
+"""Packed operations local in the axis 0 of all their tensors."""
 REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default})
 ONE_AXIS = frozenset(
     {aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten._softmax.default}
@@ -50,6 +52,7 @@ PASS_ZEROS = (
         aten.clone.default,
         aten.div.Scalar,
         aten.mul.Scalar,
+        torch.ops.fqt.max_pool_gradient.default,
     }
 )
 """Zero where their first operand is."""
@@ -90,6 +93,8 @@ def row_operands(node: fx.Node) -> list[fx.Node] | None:
         return None
     if is_pointwise(node):
         return [n for n in node.all_input_nodes if has_rows(n, node)] or None
+    if node.target in PACKED:
+        return list(node.all_input_nodes)
     if node.target in ONE_OPERAND:
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
         return operands if all(same(value(n).shape[0], value(node).shape[0]) for n in operands) else None

@@ -63,12 +63,16 @@ def exact_gradient_moments(graph: fx.Graph) -> int:
         if matched is None:
             continue
         g, output, center = matched
+        order = {n: i for i, n in enumerate(graph.nodes)}
         others = [u for u in g.users if u is not node and _is_batch_sum(u)]
-        first = min((node, *others), key=list(graph.nodes).index)
+        readers = [user for other in others for user in other.users]
+        operands = [n for n in (g, output.acc, output.alpha, output.bias, center) if n is not None]
+        latest = max(operands, key=order.__getitem__)
+        if order[latest] > min(order[n] for n in (node, *readers)):
+            continue  # a sum is read before the integers exist
         made = provenance(node) or provenance(output.acc)
-        at = emitter.at(node if first is node else first, made.site if made else "step")
-        if not _defined_before(graph, (g, output.acc, center), first):
-            continue
+        at = emitter.at(node, made.site if made else "step")
+        at.anchor = latest.next
         args = (g, output.acc, output.alpha, output.bias, center)
         total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
         node.replace_all_uses_with(moment)
@@ -77,11 +81,6 @@ def exact_gradient_moments(graph: fx.Graph) -> int:
         replaced += 1
     graph.eliminate_dead_code()
     return replaced
-
-
-def _defined_before(graph: fx.Graph, operands: tuple[fx.Node, ...], position: fx.Node) -> bool:
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return all(order[n] < order[position] for n in operands)
 
 
 def _is_batch_sum(node: fx.Node) -> bool:

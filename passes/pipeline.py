@@ -25,8 +25,11 @@ from . import (
     float_layers,
     forward,
     fuse,
+    fuse_gradients,
+    gradients,
     layout,
     moments,
+    region,
     rows,
     save,
     share,
@@ -51,8 +54,13 @@ class State:
     seed: fx.Node | None = None
     step_rows: fx.Node | None = None
     compacted: compact.CompactedRows = dataclasses.field(default_factory=compact.CompactedRows)
-    fused: list[fuse.FusedActivation] = dataclasses.field(default_factory=list)
+    regions: list[tuple[str, fx.Node]] = dataclasses.field(default_factory=list)
+    """Layer and call of every fused region."""
     facts: set[str] = dataclasses.field(default_factory=lambda: {"graph"})
+
+    @property
+    def fused(self) -> list[region.FusedProgram]:
+        return [region.FusedProgram.of(node, site) for site, node in self.regions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +113,20 @@ def _share(state: State) -> None:
     share.share(state.graph)
 
 
-def _compact(state: State) -> None:
+def _kept_rows(state: State) -> fx.Node | None:
     # Bernoulli keeps a random number of rows: its list has N entries, and there is nothing to make smaller.
-    if state.step_rows is not None and state.config.prune != "bernoulli":
-        state.compacted = compact.compact_rows(state.graph, state.step_rows)
+    return None if state.config.prune == "bernoulli" else state.step_rows
+
+
+def _gradients(state: State) -> None:
+    if any(site.packed for site in state.sites):
+        gradients.rewrite_gradients(state.graph, on_kept_rows=_kept_rows(state) is not None)
+
+
+def _compact(state: State) -> None:
+    kept = _kept_rows(state)
+    if kept is not None:
+        state.compacted = compact.compact_rows(state.graph, kept)
 
 
 def _float_layers(state: State) -> None:
@@ -125,8 +143,17 @@ def _moments(state: State) -> None:
 
 
 def _fuse(state: State) -> None:
-    state.fused = fuse.fuse_activations(state.graph)
+    state.regions += fuse.fuse_activations(state.graph)
     fuse.fuse_weight_gradients(state.graph)
+
+
+def _fuse_gradients(state: State) -> None:
+    everywhere = not state.config.prunes
+    state.regions += fuse_gradients.fuse_gradients(state.graph, every_row_is_kept=everywhere)
+
+
+def _narrow(state: State) -> None:
+    fuse.narrow_products(state.graph)
 
 
 def _save(state: State) -> None:
@@ -172,10 +199,13 @@ QUANTIZE = (
     Pass("share", _share, ("packed backward", "tags"), "shared operands", _no_float_left),
 )
 OPTIMIZE = (
-    Pass("compact", _compact, ("shared operands",), "kept rows", _no_float_left),
+    Pass("gradients", _gradients, ("shared operands",), "known gradients", _no_float_left),
+    Pass("compact", _compact, ("known gradients",), "kept rows", _no_float_left),
     Pass("float_layers", _float_layers, ("kept rows",), "float layers"),
     Pass("moments", _moments, ("kept rows",), "exact statistics"),
     Pass("fuse", _fuse, ("exact statistics",), "fused activations", _no_float_left),
+    Pass("fuse_gradients", _fuse_gradients, ("exact statistics",), "fused gradients", _no_float_left),
+    Pass("narrow", _narrow, ("fused activations", "fused gradients"), "narrow products"),
 )
 FINISH = (Pass("layout", _layout, ("shared operands",), "NHWC operands"),)
 

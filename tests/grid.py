@@ -127,7 +127,10 @@ def _activation_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
 
 
 def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
-    made: dict[str, list[Call]] = {"fused_activation": _program_calls(layer, o)}
+    made: dict[str, list[Call]] = {
+        "fused_activation": _program_calls(layer, o),
+        "fused_gradient": _gradient_calls(layer, o),
+    }
     made |= {"gradient_moments": [], "pack_bool": [], "unpack_bool": [], "channel_moments": [], "max_pool_gradient": []}
     masks = [o.x > 0, (o.x > 0).movedim(1, -1).contiguous().movedim(-1, 1)]
     made["pack_bool"] = [(mask,) for mask in masks]
@@ -136,9 +139,8 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     for largest, dtype in ((40, torch.int16), (32767, torch.int16), (10**6, torch.int32)):
         acc = (o.x * largest / 5).clamp(-largest, largest).to(dtype)
         made["channel_moments"] += [(acc, scale, b, largest) for b in (None, bias) if layer.batch]
-        if dtype == torch.int32:
-            variants = (o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1))
-            made["gradient_moments"] = [(x, acc, scale, b, bias) for x in variants for b in (None, scale)]
+        variants = (o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1))
+        made["gradient_moments"] += [(x, acc, scale, b, bias) for x in variants for b in (None, scale)]
     if len(layer.size) != 2 or min(layer.size) < 2 or not layer.batch:
         return made
     x = o.x.relu()  # many ties
@@ -180,6 +182,34 @@ def _program_calls(layer: Layer, o: Operands) -> list[Call]:
         for window in ([2, 2, 2, 2, 0, 0], [3, 3, 2, 2, 1, 1]):
             made.append(([integers.int(), *vectors[:2]], POOLED, "threshold", window, window[0] == 2, True))
             made.append(([x, *vectors[:2]], POOLED, "sign", window, False, False))
+    return made
+
+
+GRADIENT_PROGRAMS = {
+    "masked": "full,bits|t0=where(x1,0.0,x0)",
+    "batch-norm": "full,full,channel,channel,channel|t0=mul(x1,x2)|t1=add(t0,x3)|t2=sub(x0,t1)|t3=mul(t2,x4)",
+    "recomputed-mask": "full,full,full,channel,bits"
+    "|t0=add(x0,x1)|t1=mul(x2,x3)|t2=le(t1,0.0)|t3=where(t2,0.0,t0)|t4=where(x4,t3,x0)",
+}
+
+
+def _gradient_calls(layer: Layer, o: Operands) -> list[Call]:
+    """Programs over gradients, integers and bits, measured with and without a scale, and not measured."""
+    if not layer.batch or layer.name not in ("linear", "3x3-odd-channels", "3x3-large", "1x1", "1-d", "not-square"):
+        return []  # as above
+    x = o.x.clone()
+    x.view(-1)[:: max(1, x.numel() // 3)] = math.nan
+    bits = REFERENCE["pack_bool"](o.x > 0.3)
+    vectors = [torch.rand(layer.in_channels, generator=_seeded(layer)) - 0.3 for _ in range(3)]
+    made: list[Call] = []
+    for text in GRADIENT_PROGRAMS.values():
+        kinds = text.split("|")[0].split(",")
+        for first in (o.x, x, o.x.bfloat16(), torch.zeros_like(o.x)):
+            full = iter((first, (o.x * 30).to(torch.int16), (o.x * 900).to(torch.int32)))
+            channel = iter(vectors)
+            take = {"full": full, "channel": channel, "bits": iter((bits,))}
+            operands = [next(take[kind]) for kind in kinds]
+            made += [(operands, text, True, vectors[0]), (operands, text, True, None), (operands, text, False)]
     return made
 
 
@@ -225,6 +255,14 @@ def _selection_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     }
 
 
+def measured(g: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Extremes of rows and channels as `fused_gradient` gives them."""
+    if not g.numel():
+        return torch.zeros(2, g.shape[0]), torch.zeros(2, g.shape[1])
+    _, rows, channels = REFERENCE["fused_gradient"]([g], "full|t0=mul(x0,1.0)", True, scale)
+    return rows, channels
+
+
 def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
     scale = torch.rand(o.g.shape[1], generator=torch.Generator().manual_seed(1)) + 0.1
     special = gradients(o.g)
@@ -234,12 +272,19 @@ def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
         (rows, REFERENCE["keep_rows"](o.g, rows[0], torch.ones(len(rows[0])))) for rows in o.rows.values() if len(o.g)
     ]
     by_row += [(g, scale, *rows, o.seed, 5, 4, True) for rows, g in kept]
+    by_row += [(g, scale, *o.rows["systematic"], o.seed, 5, 4, False, measured(g, scale)[0]) for g in special.values()]
+    by_row += [(g, scale, *rows, o.seed, 5, 4, True, measured(g, scale)[0]) for rows, g in kept]
     systematic = o.rows["systematic"]
     by_channel = [(g, *systematic, *c, o.seed, 6, 4) for g in special.values() for c in o.channels.values()]
     by_channel += [
         (o.g, *rows, *c, o.seed, 6, bits) for rows in o.rows.values() for c in o.channels.values() for bits in (1, 3, 8)
     ]
     by_channel += [(g, *rows, *c, o.seed, 6, 4, True) for rows, g in kept for c in o.channels.values()]
+    by_channel += [
+        (g, rows, None, *c, o.seed, 6, 4, True, measured(g, scale)[1])
+        for (rows, _), g in kept
+        for c in o.channels.values()
+    ]
     return {"quantize_rows": by_row, "quantize_channels": by_channel}
 
 

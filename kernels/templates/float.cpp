@@ -105,12 +105,12 @@ EXPORT i64 channel_moments(const void* acc, i64 narrow, i64 count, i64 channels,
 }
 
 // Sums of g and g * acc of up to 64 channels over rows begin <= m < end, in float64.
-template <bool WHOLE>
-INLINE void add_gradient_moments(const float* g, const i32* acc, i64 begin, i64 end, i64 channels, i64 count,
+template <bool WHOLE, class Element>
+INLINE void add_gradient_moments(const float* g, const Element* acc, i64 begin, i64 end, i64 channels, i64 count,
                                  double* __restrict total, double* __restrict weighted) {
   for (i64 m = begin; m < end; ++m) {
     const float* __restrict v = g + m * channels;
-    const i32* __restrict a = acc + m * channels;
+    const Element* __restrict a = acc + m * channels;
     for (i64 i = 0; i < (WHOLE ? WORD : count); ++i) {
       const double x = v[i];
       total[i] += x;
@@ -119,9 +119,9 @@ INLINE void add_gradient_moments(const float* g, const i32* acc, i64 begin, i64 
   }
 }
 
-// g and acc [count][channels]; total = sum g, moment = alpha sum g acc + (bias - center) sum g; bias may be null.
-EXPORT i64 gradient_moments(const float* g, const i32* acc, i64 count, i64 channels, const float* scale,
-                            const float* bias, const float* center, float* total, float* moment, i64 threads) {
+template <class Element>
+static void all_gradient_moments(const float* g, const Element* acc, i64 count, i64 channels, const float* scale,
+                                 const float* bias, const float* center, float* total, float* moment, i64 threads) {
   constexpr i64 ROW_BLOCK = {{ row_block }};
   const i64 blocks = ceil_div(count, ROW_BLOCK), padded = ceil_div(channels, WORD) * WORD;
   std::vector<double> sums(blocks * padded * 2);
@@ -142,6 +142,16 @@ EXPORT i64 gradient_moments(const float* g, const i32* acc, i64 count, i64 chann
     total[c] = float(first);
     moment[c] = float(double(scale[c]) * second + shift * first);
   }
+}
+
+// g and acc [count][channels], acc int16 where `narrow`, else int32; total = sum g,
+// moment = alpha sum g acc + (bias - center) sum g; bias may be null.
+EXPORT i64 gradient_moments(const float* g, const void* acc, i64 narrow, i64 count, i64 channels, const float* scale,
+                            const float* bias, const float* center, float* total, float* moment, i64 threads) {
+  if (narrow)
+    all_gradient_moments(g, (const i16*)acc, count, channels, scale, bias, center, total, moment, threads);
+  else
+    all_gradient_moments(g, (const i32*)acc, count, channels, scale, bias, center, total, moment, threads);
   return OK;
 }
 

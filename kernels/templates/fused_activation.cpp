@@ -10,52 +10,16 @@ struct Geometry {
 {% endfor %}
 };
 
-INLINE float to_bfloat16(float x) {
-  const u32 bits = float_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-  return x != x ? bits_float(0x7fc00000u) : bits_float(rounded);
-}
-
-typedef struct { uint16_t bits; } bf16;
-INLINE float load(float x) { return x; }
-INLINE float load(i32 x) { return float(x); }
-INLINE float load(i16 x) { return float(x); }
-INLINE float load(bf16 x) { return bits_float(u32(x.bits) << 16); }
-
-struct Operands {
-{% for operand in operands %}
-  const {{ operand.type }}* p{{ loop.index0 }};
-{% endfor %}
-};
-
-// `count` (or, where WHOLE, 64) values of one input pixel from channel c on.
-template <bool WHOLE>
-INLINE void before_pool(const Operands& o, i64 pixel, i64 channels, i64 c, i64 count, float* __restrict out) {
-{% for operand in operands %}
-  const {{ operand.type }}* __restrict p{{ loop.index0 }} = o.p{{ loop.index0 }} + {{ "pixel * channels + c" if operand.full else "c" }};
-{% endfor %}
-  auto one = [&](i64 i) {
-{% for operand in operands %}
-    const float x{{ loop.index0 }} = load(p{{ loop.index0 }}[i]);
-{% endfor %}
-{% for line in before %}
-    {{ line }}
-{% endfor %}
-    out[i] = {{ before_result }};
-  };
-  if (WHOLE)
-    for (int i = 0; i < WORD; ++i) one(i);
-  else
-    for (i64 i = 0; i < count; ++i) one(i);
-}
+{% include "program.h" %}
 {% if pooled %}
 
 template <bool WHOLE>
 INLINE void after_pool(const Operands& o, i64 c, i64 count, float* __restrict values) {
-{% for operand in operands if not operand.full %}
+{% for operand in operands if operand.kind == "channel" %}
   const {{ operand.type }}* __restrict p{{ operand.index }} = o.p{{ operand.index }} + c;
 {% endfor %}
   auto one = [&](i64 i) {
-{% for operand in operands if not operand.full %}
+{% for operand in operands if operand.kind == "channel" %}
     const float x{{ operand.index }} = load(p{{ operand.index }}[i]);
 {% endfor %}
     const float {{ pooled }} = values[i];

@@ -205,8 +205,7 @@ struct RowQuantizer {
   }
 
   // planes of one row, [bits] at distance plane_stride, each [inner][words]; place: of the row in the whole gradient
-  Group run(const float* row, i64 place, u64* planes, i64 plane_stride) const {
-    const Group group = measure(row);
+  Group run(const float* row, Group group, i64 place, u64* planes, i64 plane_stride) const {
     const float top = float((1 << bits) - 1);
     Lanes64 lanes;
     std::fill(lanes.zero, lanes.zero + WORD, group.zero);
@@ -229,9 +228,10 @@ struct RowQuantizer {
   }
 };
 
+// extremes: [2][samples], or null, as everywhere below
 EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, i64 compact, const float* channel_scale,
-                         const i32* rows, i64 row_count, const float* row_scale, i64 k0, i64 k1, i64 bits, u64* planes,
-                         float* scale, float* zero, i64 threads) {
+                         const i32* rows, i64 row_count, const float* row_scale, i64 k0, i64 k1, i64 bits,
+                         const float* extremes, u64* planes, float* scale, float* zero, i64 threads) {
   const i64 used = keep_rows(g, samples, inner, channels, compact, rows, row_count, row_scale).used;
   if (used < 0) return BAD_INDEX;
   RowQuantizer quantizer{g, channel_scale, inner, channels, bits, 0, {u32(k0), u32(k1)}, {}};
@@ -240,8 +240,11 @@ EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, i
   parallel_for(row_count, useful_threads(row_count * inner * channels, threads), [&](i64 k) {
     scale[k] = zero[k] = 0;
     if (k < used && row_words) {
-      const float* row = g + (compact ? k : rows[k]) * inner * channels;
-      const Group group = quantizer.run(row, rows[k], planes + k * row_words, plane_stride);
+      const i64 n = compact ? k : rows[k];
+      const float* row = g + n * inner * channels;
+      const Group group =
+          quantizer.run(row, extremes ? make_group(extremes[n], extremes[samples + n], bits) : quantizer.measure(row),
+                        rows[k], planes + k * row_words, plane_stride);
       const float factor = row_scale ? row_scale[k] : 1.0f;
       scale[k] = group.scale * factor;
       zero[k] = group.zero * factor;
@@ -265,9 +268,10 @@ struct ChannelQuantizer {
 
   i64 channel(i64 c) const { return chosen ? chosen[c] : c; }
 
-  void prepare(i64 threads, float* scale, float* zero) {
-    std::vector<float> low(kept.channels), high(kept.channels);
-    all_extremes(kept, threads, low.data(), high.data());
+  void prepare(i64 threads, const float* extremes, float* scale, float* zero) {
+    std::vector<float> found(extremes ? 0 : 2 * kept.channels);
+    if (!extremes) all_extremes(kept, threads, found.data(), found.data() + kept.channels);
+    const float *low = extremes ? extremes : found.data(), *high = low + kept.channels;
     blocks.resize(ceil_div(used, WORD));
     std::memset(static_cast<void*>(blocks.data()), 0, blocks.size() * sizeof(Lanes64));
     for (i64 c = 0; c < used; ++c) {
@@ -313,7 +317,7 @@ struct ChannelQuantizer {
 // lanes [bits][ceil(channels/8)][W][8], of `width` channels; the words of unused rows and channels are clear.
 EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channels, i64 compact, const i32* rows,
                              i64 row_count, const float* row_scale, const i32* chosen, i64 width, const float* channel_scale, i64 k0,
-                             i64 k1, i64 bits, u64* out, float* scale, float* zero, i64 threads) {
+                             i64 k1, i64 bits, const float* extremes, u64* out, float* scale, float* zero, i64 threads) {
   ChannelQuantizer quantizer{keep_rows(g, samples, inner, channels, compact, rows, row_count, row_scale), chosen, width,
                              bits, {u32(k0), u32(k1)}, {}};
   if (chosen) quantizer.used = used_count(chosen, width, channels);
@@ -325,7 +329,7 @@ EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channel
     std::fill(out, out + bits * tiles * words * LANE_TILE, 0);
     return OK;
   }
-  quantizer.prepare(threads, scale, zero);
+  quantizer.prepare(threads, extremes, scale, zero);
   const i64 blocks = ceil_div(width, WORD);
   parallel_for(words, useful_threads(row_count * inner * width, threads), [&](i64 word) {
     alignas(64) u64 planes[8][WORD];

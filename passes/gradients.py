@@ -1,0 +1,165 @@
+"""The backward's masks and max-pools in the forms that later passes and kernels know.
+
+    where(x <= 0, 0, g), x with a history          where(unpack_bool(bits), 0, g); the bits are saved, 1/8 of a bool
+    scatter of g to the saved places of a max-pool  max_pool_gradient(g, x), which finds the places again
+
+A value that one product or BatchNorm's input leads to by row-local operators can be computed again from what is saved
+anyway: such masks stay as they are, and such pools need no saved places. On kept rows (`compact`) convolutions of the
+input are computed again too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .graph import (
+    VIEWS,
+    Emitter,
+    Insertion,
+    arguments,
+    aten,
+    is_backward,
+    is_call,
+    is_tensor,
+    operator_of,
+    prims,
+    provenance,
+    strip,
+    value,
+)
+from .local import has_rows, row_operands
+
+fqt = torch.ops.fqt
+
+
+def rewrite_gradients(graph: fx.Graph, on_kept_rows: bool) -> None:
+    """Rewrite the masks and max-pools of the backward. on_kept_rows: it will be computed on the kept rows only."""
+    rewriter = _Rewriter(graph, on_kept_rows)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and is_backward(node):
+            rewriter.visit(node)
+    graph.eliminate_dead_code()
+
+
+class _Rewriter:
+    def __init__(self, graph: fx.Graph, on_kept_rows: bool) -> None:
+        self.graph, self.on_kept_rows = graph, on_kept_rows
+        self.emitter = Emitter(graph, "gradients")
+        self.masks: dict[fx.Node, fx.Node] = {}
+
+    def at(self, node: fx.Node) -> Insertion:
+        made = provenance(node)
+        return self.emitter.at(node, made.site if made else "step")
+
+    def visit(self, node: fx.Node) -> None:
+        pooled = _max_pool_backward(node)
+        if pooled is not None and (self.on_kept_rows or self._is_at_hand(pooled.x)):
+            args = (pooled.gradient, pooled.x, *pooled.window)
+            node.replace_all_uses_with(self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args))
+        elif is_call(node, aten.where.self) and self._is_worth_saving(arguments(node)[0], node):
+            mask = arguments(node)[0]
+            if mask not in self.masks:
+                bits, at = self._save_bits(mask), self.at(node)
+                self.masks[mask] = at.call("mask", fqt.unpack_bool.default, bits, value(mask).shape[1])
+            node.update_arg(0, self.masks[mask])
+
+    def _is_worth_saving(self, mask: fx.Node, node: fx.Node) -> bool:
+        if not has_rows(mask, node) or value(mask).dim() < 2 or isinstance(value(mask).shape[1], torch.SymInt):
+            return False
+        sources = row_sources(mask)
+        if any(is_backward(n) for n in sources) or all(n.op == "placeholder" for n in sources):
+            return False
+        return len(sources) != 1 if self.on_kept_rows else not self._is_at_hand(mask)
+
+    def _is_at_hand(self, x: fx.Node) -> bool:
+        """Can ``x`` be computed again by local operators from one packed product, or from what BatchNorm saves?"""
+        sources = row_sources(x)
+        if len(sources) != 1:
+            return False
+        (source,) = sources
+        normalized = any(is_call(user, aten.var_mean.correction) for user in source.users)
+        return is_call(source, fqt.output_product.default) or normalized
+
+    def _save_bits(self, mask: fx.Node) -> fx.Node:
+        """Bits of a comparison that autograd placed in the backward, made in the forward, right after its operand."""
+        source = max(_forward_leaves(mask), key=list(self.graph.nodes).index)
+        following = source.next
+        while following.op == "placeholder" or is_call(following, operator.getitem):
+            following = following.next
+        at = self.emitter.at(source, "step")
+        at.anchor = following
+        moved = _copy_down(self.emitter, at, mask)
+        bits: fx.Node = at.call("mask_bits", fqt.pack_bool.default, moved)
+        for made in (moved, bits):
+            made.meta["partitioner_tag"] = "is_forward"
+            made.meta.pop("autograd_backward", None)
+        bits.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return bits
+
+
+def row_sources(node: fx.Node) -> set[fx.Node]:
+    """Row values from which local operators compute ``node``."""
+    sources: set[fx.Node] = set()
+    pending, seen = [node], set()
+    while pending:
+        item = pending.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        operands = row_operands(item)
+        if operands is None:
+            sources.add(item)
+        else:
+            pending.extend(operands)
+    return sources
+
+
+def _forward_leaves(mask: fx.Node) -> list[fx.Node]:
+    """Forward values that the backward-tagged local operators of ``mask`` start from."""
+    if not is_backward(mask):
+        return [mask]
+    return [leaf for n in row_operands(mask) or [] for leaf in _forward_leaves(n)]
+
+
+def _copy_down(emitter: Emitter, at: Insertion, node: fx.Node) -> fx.Node:
+    """A copy of backward-tagged local operators in the forward part."""
+    if not is_backward(node):
+        return node
+    copies = {n: _copy_down(emitter, at, n) for n in row_operands(node) or []}
+    args: Any = fx.node.map_arg(node.args, lambda n: copies.get(n, n))
+    copied: fx.Node = at.call("mask", operator_of(node), *args)
+    return copied
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxPoolBackward:
+    """The gradient of a 2-D max-pool as autograd and Inductor write it: a scatter of g to saved positions."""
+
+    gradient: fx.Node
+    x: fx.Node
+    window: tuple[list[int], list[int], list[int]]
+
+
+def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | None:
+    """``view(scatter_add(0, 1, view(positions), view(g)))``, without dilation and ceil_mode."""
+    scatter = strip(arguments(node)[0], VIEWS) if node.target in VIEWS and value(node).dim() == 4 else None
+    if scatter is None or not is_call(scatter, aten.scatter_add.default):
+        return None
+    _, _, index, source = arguments(scatter)
+    to_indices = strip(index, VIEWS)
+    if not is_call(to_indices, prims._low_memory_max_pool_offsets_to_indices.default):
+        return None
+    gradient = source
+    while gradient.target in VIEWS and value(gradient).dim() != 4:
+        gradient = arguments(gradient)[0]
+    pool = arguments(strip(arguments(to_indices)[0], VIEWS))[0]
+    x, kernel, stride, padding, dilation, ceil_mode = arguments(pool)
+    if ceil_mode or any(d != 1 for d in dilation) or not is_tensor(gradient) or value(gradient).dim() != 4:
+        return None
+    return MaxPoolBackward(gradient, x, (list(kernel), list(stride), list(padding)))

@@ -1,0 +1,246 @@
+"""Regions of pointwise operators as programs (kernels/program.py): what `fuse` and `fuse_gradients` build on.
+
+A region is a set of pointwise operators of one shape. Scales and shifts per channel in a row, as BatchNorm has them,
+are folded into one scale and one shift, vectors as long as there are channels (the result differs by float rounding
+only); the rest becomes the statements of a program over the tensors that the region reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..kernels.program import BITS, CHANNEL, FULL, Program, Statement
+from .graph import Insertion, arguments, aten, is_call, is_tensor, prims, value
+from .local import is_channel_vector, is_zero, same
+
+fqt = torch.ops.fqt
+NAMES: dict[Any, str] = {
+    aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
+    aten.mul.Tensor: "mul",
+    aten.div.Tensor: "div",
+    aten.neg.default: "neg",
+    aten.abs.default: "abs",
+    aten.relu.default: "relu",
+    aten.maximum.default: "maximum",
+    aten.minimum.default: "minimum",
+    aten.clamp_min.default: "maximum",
+    aten.clamp_max.default: "minimum",
+    aten.where.self: "where",
+    aten.gt.Scalar: "gt",
+    aten.ge.Scalar: "ge",
+    aten.lt.Scalar: "lt",
+    aten.le.Scalar: "le",
+}
+AFFINE = frozenset({aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor})
+PASSED_ON = frozenset({aten.alias.default, prims.convert_element_type.default})
+CLAMPS = frozenset({aten.hardtanh.default, aten.clamp.default})
+SOURCES = (torch.float32, torch.bfloat16, torch.int16, torch.int32)
+RESULTS = (torch.float32, torch.bfloat16, torch.bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedProgram:
+    """One region in the graph: for which layer, by which kernel template, its program and the operands' dtypes."""
+
+    site: str
+    template: str
+    text: str
+    dtypes: tuple[torch.dtype, ...]
+
+    @staticmethod
+    def of(node: fx.Node, site: str) -> FusedProgram:
+        """Of a call whose first arguments are operands and program."""
+        operands, text = arguments(node)[:2]
+        template = str(node.target).split(".")[1]
+        return FusedProgram(site, template, text, tuple(value(n).dtype for n in operands))
+
+
+Vector = fx.Node | float | tuple[Any, "Vector", "Vector"]
+"""One value per channel: a node, a number, or an operator on two of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Affine:
+    """``scale base + shift``, not yet a statement; None for 1 and 0."""
+
+    base: str
+    scale: Vector | None = None
+    shift: Vector | None = None
+
+    def then(self, target: Any, by: Vector) -> _Affine:
+        if target is aten.mul.Tensor:
+            scale = by if self.scale is None else _vector_of(target, self.scale, by)
+            return _Affine(self.base, scale, None if self.shift is None else _vector_of(target, self.shift, by))
+        if target is aten.sub.Tensor and self.shift is None:
+            return _Affine(self.base, self.scale, _vector_of(aten.mul.Tensor, by, -1.0))
+        return _Affine(self.base, self.scale, by if self.shift is None else _vector_of(target, self.shift, by))
+
+
+NUMBERS = {aten.mul.Tensor: operator.mul, aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub}
+
+
+def _vector_of(target: Any, a: Vector, b: Vector) -> Vector:
+    """``target(a, b)``: a number of two numbers, which no kernel could read as a vector."""
+    if isinstance(a, float) and isinstance(b, float):
+        return float(NUMBERS[target](a, b))
+    return (target, a, b)
+
+
+class Region:
+    """Pointwise operators of one shape, as statements over full, channel and bits operands."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.operands: list[tuple[Vector, str]] = []
+        self.statements: list[Statement] = []
+        self._names: dict[Vector, str] = {}
+        self._affine: dict[fx.Node, _Affine] = {}
+
+    @property
+    def program(self) -> Program:
+        return Program(tuple(kind for _, kind in self.operands), tuple(self.statements))
+
+    def arguments(self, at: Insertion) -> list[Any]:
+        """The operands as nodes, folded vectors added to the graph."""
+        return [_vector(at, operand) if kind == CHANNEL else operand for operand, kind in self.operands]
+
+    def absorb(
+        self, x: fx.Node, is_read_outside: Callable[[fx.Node, list[fx.Node]], bool]
+    ) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Operators of the shape of ``x`` down to ``x``, in graph order, and the tensors they read.
+
+        ``is_read_outside(node, absorbed)``: must ``node`` exist in memory, given what the region has below it?
+        """
+        wanted: set[fx.Node] = {x}
+        absorbed: list[fx.Node] = []
+        for node in reversed(self.graph.nodes):
+            if node in wanted and is_supported(node, x) and not is_read_outside(node, absorbed):
+                absorbed.append(node)
+                wanted.update(n for n in node.all_input_nodes if has_shape(n, x))
+        absorbed.reverse()
+        return absorbed, [n for n in self.graph.nodes if n in wanted and n not in absorbed]
+
+    def emit(self, absorbed: list[fx.Node], sources: list[fx.Node]) -> None:
+        for source in sources:
+            if is_call(source, fqt.unpack_bool.default):
+                self._names[source] = self._operand(arguments(source)[0], BITS)
+            else:
+                self._operand(source, FULL)
+        for node in absorbed:
+            self._emit_node(node)
+
+    def _operand(self, node: Vector, kind: str) -> str:
+        if node not in self._names:
+            self._names[node] = f"x{len(self.operands)}"
+            self.operands.append((node, kind))
+        return self._names[node]
+
+    def _emit_node(self, node: fx.Node) -> None:
+        if node.target in AFFINE and value(node).dtype == torch.float32 and self._extend_affine(node):
+            return
+        args = [self.argument(a) for a in arguments(node)[: 3 if node.target in CLAMPS else None] if not _is_dtype(a)]
+        if node.target in PASSED_ON:
+            self._names[node] = args[0]
+            if value(node).dtype == torch.bfloat16 and value(arguments(node)[0]).dtype != torch.bfloat16:
+                self.state(node, "bfloat16", args)
+            return
+        if node.target in CLAMPS:
+            low, high = ([*args[1:], "-1.0", "1.0"])[:2] if node.target is aten.hardtanh.default else args[1:3]
+            self.state(node, "maximum", [args[0], low])
+            self.state(node, "minimum", [self._names[node], high])
+        else:
+            self.state(node, NAMES[node.target], args)
+        if value(node).dtype == torch.bfloat16:
+            self.state(node, "bfloat16", [self._names[node]])
+
+    def _extend_affine(self, node: fx.Node) -> bool:
+        """Is ``node`` a full value scaled or shifted by a channel vector? Then it is remembered, not stated."""
+        first, second = arguments(node)[:2]
+        full = has_shape(first, node)
+        by = second if full else first
+        if full == (isinstance(by, fx.Node) and has_shape(by, node)) or (not full and node.target is aten.sub.Tensor):
+            return False
+        source = first if full else second
+        base = self._affine.get(source) or _Affine(self.argument(source))
+        self._affine[node] = base.then(node.target, by if isinstance(by, fx.Node) else float(by))
+        return True
+
+    def state(self, node: Vector, operation: str, args: list[str]) -> None:
+        name = f"t{len(self.statements)}"
+        self.statements.append(Statement(name, operation, tuple(args)))
+        self._names[node] = name
+
+    def argument(self, argument: Any) -> str:
+        if not isinstance(argument, fx.Node):
+            return repr(float(argument))
+        if argument in self._affine and argument not in self._names:
+            affine = self._affine[argument]
+            self._names[argument] = affine.base
+            for operation, by in (("mul", affine.scale), ("add", affine.shift)):
+                if by is not None:
+                    other = repr(by) if isinstance(by, float) else self._operand(by, CHANNEL)
+                    self.state(argument, operation, [self._names[argument], other])
+        if argument in self._names:
+            return self._names[argument]
+        return "0.0" if is_zero(argument) else self._operand(argument, CHANNEL)
+
+
+def are_readable(sources: list[fx.Node], bits: bool = False) -> bool:
+    """Can programs read these tensors? A mask of type bool they can only compute or, with ``bits``, read as bits."""
+    return all(
+        value(source).dtype in SOURCES or (bits and is_call(source, fqt.unpack_bool.default)) for source in sources
+    )
+
+
+def _is_dtype(argument: Any) -> bool:
+    return isinstance(argument, torch.dtype)
+
+
+def has_shape(node: Any, x: fx.Node) -> bool:
+    if not isinstance(node, fx.Node) or not is_tensor(node) or value(node).dim() != value(x).dim():
+        return False
+    return all(same(a, b) for a, b in zip(value(node).shape, value(x).shape, strict=True))
+
+
+def is_supported(node: fx.Node, x: fx.Node) -> bool:
+    """Can ``node`` be a statement of a program whose results have the shape of ``x``?"""
+    if node.op != "call_function" or node.kwargs or not is_tensor(node) or value(node).dtype not in RESULTS:
+        return False
+    if node.target not in NAMES and node.target not in PASSED_ON and node.target not in CLAMPS:
+        return False
+    if not has_shape(node, x) or value(x).dim() < 2 or isinstance(value(x).shape[1], torch.SymInt):
+        return False
+    if node.target in PASSED_ON and (value(node).dtype == torch.bool) != (
+        value(arguments(node)[0]).dtype == torch.bool
+    ):
+        return False  # a cast to or from bool changes values
+    return all(
+        _is_number(a)
+        or _is_dtype(a)
+        or is_zero(a)
+        or is_channel_vector(a, x)
+        or (isinstance(a, fx.Node) and has_shape(a, x) and value(a).dtype in (*SOURCES, torch.bool))
+        for a in arguments(node)
+    )
+
+
+def _is_number(argument: Any) -> bool:
+    return isinstance(argument, int | float) and not isinstance(argument, bool)
+
+
+def _vector(at: Insertion, vector: Vector) -> Any:
+    """``[C]`` node (or number) of a channel vector."""
+    if isinstance(vector, tuple):
+        target, a, b = vector
+        return at.call("fold", target, _vector(at, a), _vector(at, b))
+    if isinstance(vector, float) or value(vector).dim() == 1:
+        return vector
+    return at.call("fold", aten.view.default, vector, [math.prod(value(vector).shape)])
