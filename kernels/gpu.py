@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import gpu_backward, gpu_float, gpu_forward, gpu_products, gpu_select, reference_ops
+from . import gpu_backward, gpu_float, gpu_forward, gpu_products, gpu_program, gpu_select, reference_ops
 from .gpu_strategy import force_strategy
 
 __all__ = ["OPERATIONS", "force_strategy"]
@@ -30,7 +30,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     gpu_forward.gather_words,
     gpu_forward.gather_rows,
     gpu_forward.scatter_rows,
-    gpu_float.fused_activation,
+    gpu_program.fused_activation,
+    gpu_program.fused_gradient,
     gpu_float.pack_bool,
     gpu_float.unpack_bool,
     gpu_float.channel_moments,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .cpu_backward import KINDS
+from .cpu_backward import KINDS, known_extremes
 from .gpu_codegen import Spec, spec
 from .gpu_forward import BLOCK, PIXELS
 from .gpu_launch import launch, next_power_of_2, offset_type, values
@@ -105,6 +105,14 @@ def channel_importance(g: Tensor, rows: Tensor, row_scale: Tensor | None, kind: 
     return importance
 
 
+def _picked(known: Tensor, index: Tensor | None, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Known extremes ``[2, N]`` of the groups, by index if there is one; inf and -inf where a group is unused (-1)."""
+    low, high = known if index is None else known[:, index.clamp(min=0).long()]
+    if groups is not None:
+        low, high = torch.where(groups >= 0, low, math.inf), torch.where(groups >= 0, high, -math.inf)
+    return low.contiguous()[:, None], high.contiguous()[:, None]
+
+
 # -- quantizing ----------------------------------------------------------------------------------------------
 
 
@@ -131,11 +139,17 @@ def quantize_rows(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_rows", bits)
     count, channels, inner = rows.shape[0], g.shape[1], inner_size(g)
     words, kept, factor = ceil_div(channels, WORD), indices(rows), vector(weight_scale)
-    zero, inverse, *folded = _groups(g, *_row_extremes(g, factor, kept, compact), row_scale, bits)
+    known = known_extremes("quantize_rows", extremes, g.shape[0])
+    if known is None or not known.numel():
+        low, high = _row_extremes(g, factor, kept, compact)
+    else:
+        low, high = _picked(known, None if compact else kept, kept)
+    zero, inverse, *folded = _groups(g, low, high, row_scale, bits)
     planes = g.new_empty([bits, count, *g.shape[2:], words], dtype=torch.int64)
     made = spec("quantize", bits=bits, offset=offset_type(g.numel(), planes.numel()))
     operands = (values(g), factor, kept, zero, inverse, seed, stream, planes)
@@ -155,13 +169,19 @@ def quantize_channels(
     stream: int,
     bits: int,
     compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_channels", bits)
     count, inner, kept = rows.shape[0], inner_size(g), indices(rows)
     chosen = None if channels is None else indices(channels)
     width = g.shape[1] if chosen is None else chosen.shape[0]
     words, tiles, factor = ceil_div(count * inner, WORD), ceil_div(width, LANE_TILE), vector(row_scale)
-    zero, inverse, *folded = _groups(g, *_channel_extremes(g, kept, factor, chosen, compact), channel_scale, bits)
+    known = known_extremes("quantize_channels", extremes, g.shape[1])
+    if known is None or not known.numel():
+        low, high = _channel_extremes(g, kept, factor, chosen, compact)
+    else:
+        low, high = _picked(known, chosen, chosen)
+    zero, inverse, *folded = _groups(g, low, high, channel_scale, bits)
     lanes = g.new_empty([bits, tiles, words, LANE_TILE], dtype=torch.int64)
     made = spec("quantize", bits=bits, offset=offset_type(g.numel(), lanes.numel()))
     operands = (values(g), kept, factor, chosen, zero, inverse, seed, stream, lanes)

@@ -46,7 +46,7 @@ def render(wanted: Spec) -> str:
     """The Python source of a spec; self-contained."""
     text = ", ".join(f"{key}={value}" for key, value in wanted.options if key != "tiles") or "no options"
     values = {**codegen.PARAMETERS, **dict(wanted.options), "template": wanted.template, "options": text}
-    if wanted.template == codegen.PROGRAM_TEMPLATE:
+    if wanted.template in codegen.PROGRAM_TEMPLATES:
         values |= program.triton_parameters(values["program"])
     return codegen.environment(TEMPLATES).get_template(f"{wanted.template}.py.jinja").render(values)
 

@@ -1,4 +1,4 @@
-"""Triton operations between the products: pointwise programs to bits, masks as bits, statistics, max-pooling.
+"""Triton operations between the products: masks as bits, BatchNorm statistics, max-pooling.
 
 Definitions: `reference_ops`. Nothing here waits for the device (`gpu_forward`).
 """
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedInputError
-from . import codegen, native, packing, program, reference
-from .cpu_forward import CODES
+from . import native, packing, reference
 from .gpu_codegen import spec
-from .gpu_forward import PIXELS, ROWS
+from .gpu_forward import PIXELS
 from .gpu_launch import as_integers, launch, offset_type, values
-from .native import choice, inner_size, nhwc_memory, vector
-from .ops import empty_nhwc, output_size
+from .native import inner_size, nhwc_memory, vector
+from .ops import empty_nhwc
 from .packing import WORD, ceil_div
 
 PIECES = 256
@@ -31,73 +30,14 @@ SMALL_LIMIT = 46340
 """Largest integer whose square fits 32 bits."""
 
 
-def _pixel_grid(pixels: int, channels: int) -> tuple[int, int]:
+def pixel_grid(pixels: int, channels: int) -> tuple[int, int]:
     return ceil_div(pixels, PIXELS), ceil_div(channels, WORD)
 
 
-# -- pointwise programs --------------------------------------------------------------------------------------
-
-
-def _memory(operands: Sequence[Tensor], kinds: Sequence[str]) -> list[Tensor]:
-    """NHWC memory of full operands, float32 of channel vectors; raises where a vector has another length."""
-    channels = operands[kinds.index(program.FULL)].shape[1]
-    for operand, kind in zip(operands, kinds, strict=True):
-        if kind == program.CHANNEL and operand.shape != (channels,):
-            raise UnsupportedInputError(
-                f"fused_activation: got a channel operand of shape {tuple(operand.shape)}; accepted: ({channels},)"
-            )
-    return [
-        nhwc_memory(operand) if kind == program.FULL else operand.to(torch.float32).contiguous()
-        for operand, kind in zip(operands, kinds, strict=True)
-    ]
-
-
-def _window(window: Sequence[int]) -> dict[str, int]:
+def window_constants(window: Sequence[int]) -> dict[str, int]:
+    """Kernel, stride and padding as compile-time constants."""
     names = ("KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W")
     return dict(zip(names, window, strict=True)) if window else {}
-
-
-def fused_activation(
-    operands: Sequence[Tensor],
-    text: str,
-    code: str,
-    window: Sequence[int],
-    keep_values: bool,
-    keep_below: bool,
-    after: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    choice("code", code, CODES)
-    kinds = program.parse(text).operands
-    memory = _memory(operands, kinds)
-    n, channels, *spatial = operands[kinds.index(program.FULL)].shape
-    size = [*map(int, output_size(spatial, window[:2], window[2:4], window[4:6]))] if window else spatial
-    like, words = memory[0], ceil_div(channels, WORD)
-    bits, mask = (like.new_empty([n, *size, words], dtype=torch.int64) for _ in range(2))
-    x = empty_nhwc(like, [n, channels, *size], torch.float32) if keep_values else like.new_empty(0, dtype=torch.float32)
-    below = torch.empty_like(bits) if keep_below else bits.new_empty(0)
-    pixels, count = bits.numel() // max(words, 1), bits.numel() // max(words, 1) * channels
-    made = spec(
-        codegen.PROGRAM_TEMPLATE,
-        program=text,
-        code=code,
-        values=keep_values,
-        below=keep_below,
-        offset=offset_type(count, bits.numel(), *(o.numel() for o in memory)),
-    )
-    images = (*spatial, *size) if window else ()
-    shape = _window(window)
-    threshold = None
-    if code == "threshold":
-        threshold, blocks = like.new_zeros((), dtype=torch.float32), ceil_div(count, reference.BLOCK)
-        sums, grid = like.new_empty(blocks, dtype=torch.float32), [ceil_div(blocks, ROWS)]
-        sizes = (count, blocks, channels, *images)
-        launch(made, "program_sums", grid, *memory, x if keep_values else None, sums, *sizes, **shape, BLOCKS=ROWS)
-        mean = spec("activation", code=code, offset=offset_type(count))
-        launch(mean, "mean_of_sums", [min(blocks, 1)], sums, threshold, blocks, count, warps=1)
-    results = (threshold, x if keep_values else None, bits, mask, below if keep_below else None)
-    sizes = (pixels, channels, words, *images)
-    launch(made, "pack_program", _pixel_grid(pixels, channels), *memory, *results, *sizes, **shape, PIXELS=PIXELS)
-    return bits, mask, x, below
 
 
 # -- masks ---------------------------------------------------------------------------------------------------
@@ -109,7 +49,7 @@ def pack_bool(mask: Tensor) -> Tensor:
     pixels = n * inner_size(mask)
     made = spec("float", offset=offset_type(mask.numel(), words.numel()))
     operands, sizes = (as_integers(nhwc_memory(mask)), words), (pixels, channels, words.shape[-1])
-    launch(made, "pack_bool", _pixel_grid(pixels, channels), *operands, *sizes, PIXELS=PIXELS)
+    launch(made, "pack_bool", pixel_grid(pixels, channels), *operands, *sizes, PIXELS=PIXELS)
     return words
 
 
@@ -120,7 +60,7 @@ def unpack_bool(words: Tensor, channels: int) -> Tensor:
     pixels = bits.numel() // max(1, count)
     made = spec("float", offset=offset_type(mask.numel(), bits.numel()))
     operands, sizes = (bits, as_integers(packing.channels_last(mask))), (pixels, channels, count)
-    launch(made, "unpack_bool", _pixel_grid(pixels, channels), *operands, *sizes, PIXELS=PIXELS)
+    launch(made, "unpack_bool", pixel_grid(pixels, channels), *operands, *sizes, PIXELS=PIXELS)
     return mask
 
 
@@ -178,7 +118,7 @@ def max_pool_gradient(
     grad = empty_nhwc(g, x.shape, torch.float32)
     made = spec("float", offset=offset_type(x.numel(), g.numel()))
     images = (x.shape[1], *x.shape[2:], *g.shape[2:])
-    tile = _window([*kernel, *stride, *padding]) | {"PIXELS": POSITIONS, "CHANNELS": CHANNELS}
+    tile = window_constants([*kernel, *stride, *padding]) | {"PIXELS": POSITIONS, "CHANNELS": CHANNELS}
     windows = {f"WINDOWS_{axis}": ceil_div(k, s) for axis, k, s in zip("HW", kernel, stride, strict=True)}
     outputs, inputs = g.shape[0] * inner_size(g), x.shape[0] * inner_size(x)
     columns = ceil_div(x.shape[1], CHANNELS)

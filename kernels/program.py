@@ -197,9 +197,10 @@ def triton_parameters(text: str) -> dict[str, object]:
     program = parse(text)
     before, after, pool = program.before_pool, program.after_pool, program.pool
     first = pool.arguments[0] if pool else before[-1].name if before else "x0"
-    operands = [{"name": f"x{i}", "pointer": f"p{i}", "full": kind == FULL} for i, kind in enumerate(program.operands)]
+    operands = [{"name": f"x{i}", "pointer": f"p{i}", "kind": kind} for i, kind in enumerate(program.operands)]
     return {
         "operands": operands,
+        "pointers": ", ".join(f"p{i}" for i in range(len(operands))),
         "before": _triton_lines(before),
         "before_reads": [first, *(a for statement in before for a in statement.arguments)],
         "before_result": first,

@@ -26,7 +26,7 @@ from fqt_compile.kernels.gpu_codegen import spec
 HERE = Path(__file__).parent
 GROUPS = {
     "activations": ["check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"],
-    "programs and masks": ["fused_activation", "pack_bool", "unpack_bool"],
+    "programs and masks": ["fused_activation", "fused_gradient", "pack_bool", "unpack_bool"],
     "weights": ["quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"],
     "rows": ["row_importance", "channel_importance", "select"],
     "moved rows": ["prune_rows", "keep_rows", "gather_words", "gather_rows", "scatter_rows"],
@@ -183,7 +183,16 @@ for model, options in ((SmallNet(norm=True), {}), (SmallNet(norm=True), paper), 
 """
 OF_OPTIMIZED_GRAPHS = {
     *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "gradient_sums", "gradient_moments_of_sums"),
-    *("max_pool_taps", "max_pool_gradient", "keep_rows", "gather_rows", "pack_bool", "unpack_bool"),
+    *(
+        "program_values",
+        "merge_extremes",
+        "max_pool_taps",
+        "max_pool_gradient",
+        "keep_rows",
+        "gather_rows",
+        "pack_bool",
+        "unpack_bool",
+    ),
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("triton")
 
 import triton_aot
-from grid import POOLED, PROGRAMS
+from grid import GRADIENT_PROGRAMS, POOLED, PROGRAMS
 
 from fqt_compile.kernels import gpu_codegen, gpu_launch, gpu_strategy
 from fqt_compile.kernels.gpu_codegen import spec
@@ -127,6 +127,7 @@ def snapshots() -> list[gpu_codegen.Spec]:
         spec("fused_activation", program=text, code=code, values=values, below=True, offset="tl.int32")
         for text, code, values in ((POOLED, "threshold", True), (PROGRAMS["prelu"], "sign", False))
     ]
+    made.append(spec("fused_gradient", program=GRADIENT_PROGRAMS["recomputed-mask"], offset="tl.int32"))
     for strategy in gpu_strategy.STRATEGIES:
         for code in ("sign", "threshold"):
             made.append(spec("conv_product", strategy=strategy, code=code, **conv, **plain))

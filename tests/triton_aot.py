@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from grid import LAYERS, POOLED, PROGRAMS, calls
+from grid import GRADIENT_PROGRAMS, LAYERS, POOLED, PROGRAMS, calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -25,8 +25,8 @@ TARGETS = {
 LAYER_NAMES = ("linear", "3x3-stride-2")
 POOLED_LAYER = "3x3-odd-channels"
 """Programs with a max-pool have argument lists on this one."""
-NAMED = {text: name for name, text in (PROGRAMS | {"pooled": POOLED}).items()}
-VARIANTS = ("COMPACT", "PRODUCT")
+NAMED = {text: name for name, text in (PROGRAMS | GRADIENT_PROGRAMS | {"pooled": POOLED}).items()}
+VARIANTS = ("COMPACT", "PRODUCT", "MEASURE")
 """Flags that lead to other memory accesses: kernels are compiled with each."""
 PLANES = (4, 8, 1)
 """Of gradient codes; single bits only where they are activations or the code 1 of `grad_input_product`."""
@@ -86,7 +86,7 @@ def _wanted(launch: gpu_launch.Launch) -> bool:
         return False
     if options.get("epilogue") == "int16" and (options["shape"], options["code"]) != ("convolution", "threshold"):
         return False
-    if "program" in options and options["program"] not in (PROGRAMS["batch-norm-relu"], POOLED):
+    if launch.spec.template == "fused_activation" and options["program"] not in (PROGRAMS["batch-norm-relu"], POOLED):
         return bool(options["code"] == "threshold" and not options["values"])
     if "planes" in options:
         return options["planes"] in PLANES
