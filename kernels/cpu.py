@@ -28,6 +28,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     cpu_float.unpack_bool,
     cpu_float.channel_moments,
     cpu_float.gradient_moments,
+    cpu_float.float_moments,
+    cpu_float.float_gradient_moments,
     cpu_float.max_pool_gradient,
     cpu_forward.quantize_weight,
     cpu_forward.transpose_weight,

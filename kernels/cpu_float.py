@@ -49,6 +49,25 @@ def gradient_moments(
     return total, moment
 
 
+def _floats(x: Tensor) -> tuple[Tensor, bool]:
+    """NHWC memory of float32 or bfloat16 values, and whether they are bfloat16."""
+    half = x.dtype == torch.bfloat16
+    return (native.nhwc_memory(x) if half else nhwc(x)), half
+
+
+def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    var, mean = (x.new_empty([1, x.shape[1], *[1] * (x.dim() - 2)], dtype=torch.float32) for _ in range(2))
+    call("float", "float_moments", *_floats(x), x.shape[0] * inner_size(x), x.shape[1], var, mean)
+    return var, mean
+
+
+def float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    total, moment = (center.new_empty(g.shape[1], dtype=torch.float32) for _ in range(2))
+    sizes = (g.shape[0] * inner_size(g), g.shape[1])
+    call("float", "float_gradient_moments", nhwc(g), *_floats(x), *sizes, native.vector(center), total, moment)
+    return total, moment
+
+
 def max_pool_gradient(
     g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:

@@ -38,6 +38,8 @@ SCHEMAS = {
     "unpack_bool": "(Tensor words, int channels) -> Tensor",
     "channel_moments": "(Tensor acc, Tensor weight_scale, Tensor? bias, int largest) -> (Tensor, Tensor)",
     "gradient_moments": "(Tensor g, Tensor acc, Tensor weight_scale, Tensor? bias, Tensor center) -> (Tensor, Tensor)",
+    "float_moments": "(Tensor x) -> (Tensor, Tensor)",
+    "float_gradient_moments": "(Tensor g, Tensor x, Tensor center) -> (Tensor, Tensor)",
     "max_pool_gradient": "(Tensor g, Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor",
     "quantize_weight": "(Tensor weight, str mode) -> (Tensor, Tensor)",
     "transpose_weight": "(Tensor w_bits, int in_channels, int out_channels) -> Tensor",
@@ -180,6 +182,17 @@ def _gradient_moments(
     g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
 ) -> tuple[Tensor, Tensor]:
     return weight_scale.new_empty(g.shape[1]), weight_scale.new_empty(g.shape[1])
+
+
+@_fake
+def _float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape = [1, x.shape[1], *[1] * (x.dim() - 2)]
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+@_fake
+def _float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    return center.new_empty(g.shape[1], dtype=torch.float32), center.new_empty(g.shape[1], dtype=torch.float32)
 
 
 @_fake

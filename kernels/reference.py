@@ -158,6 +158,27 @@ def gradient_moments(
     return total.to(torch.float32), moment.to(torch.float32)
 
 
+def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over all axes but C of a float ``x [N, C, *S]``, float32 ``[1, C, 1, ...]``; for BatchNorm.
+
+    As `channel_moments` of values that are no integers: S1 = sum x and S2 = sum x**2 in float64, added up in the
+    order of `gradient_moments`. A mean 10**6 times the standard deviation costs the variance 12 of its 16 digits.
+    """
+    values = channels_last(as_float32(x)).flatten(0, -2).to(torch.float64)
+    first, second = (_blocked_sum(v) / float(values.shape[0]) for v in (values, values * values))
+    var = (second - first * first).clamp(min=0)
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    return var.to(torch.float32).view(shape), first.to(torch.float32).view(shape)
+
+
+def float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """`gradient_moments` for a float ``x``: ``sum g`` and ``sum g (x - center)``, float32 ``[C]``."""
+    values = channels_last(as_float32(g)).flatten(0, -2).to(torch.float64)
+    products = values * channels_last(as_float32(x)).flatten(0, -2).to(torch.float64)
+    total, weighted = _blocked_sum(values), _blocked_sum(products)
+    return total.to(torch.float32), (weighted + -center.to(torch.float64) * total).to(torch.float32)
+
+
 def _blocked_sum(values: Tensor) -> Tensor:
     """Sum over the first axis of ``[M, C]`` in blocks of `ROW_BLOCK`."""
     count = -(-values.shape[0] // ROW_BLOCK)

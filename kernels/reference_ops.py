@@ -143,6 +143,16 @@ def gradient_moments(
 
 
 @_operation
+def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.float_moments(x)
+
+
+@_operation
+def float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.float_gradient_moments(g, x, center)
+
+
+@_operation
 def max_pool_gradient(
     g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:

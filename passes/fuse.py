@@ -19,7 +19,7 @@ from torch import fx
 
 from ..kernels.packing import INT16_LIMIT
 from ..kernels.program import FULL, POOL
-from .graph import Emitter, arguments, aten, is_backward, is_call, prims, provenance, value
+from .graph import Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
 from .local import live_nodes
 from .moments import largest_output
 from .region import SOURCES, Region, are_readable
@@ -32,15 +32,33 @@ def fuse_activations(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
     """Fuse what can be fused; returns layer and call of each region."""
     emitter = Emitter(graph, "fuse")
     fused: list[tuple[str, fx.Node]] = []
-    for pack in list(graph.nodes):
-        if is_call(pack, fqt.pack_activation.default) and not is_backward(pack):
-            region = _ActivationRegion(graph, arguments(pack)[0], live_nodes(graph))
+    for x_of in (_packed_activation, _packed_mask):
+        for pack in list(graph.nodes):
+            x = None if is_backward(pack) else x_of(pack)
+            if x is None:
+                continue
+            region = _ActivationRegion(graph, x, live_nodes(graph))
             if region.statements:
                 made = provenance(pack)
                 site = made.site if made else "step"
-                fused.append((site, _replace(emitter, pack, region, site)))
-    graph.eliminate_dead_code()
+                fused.append((site, _replace(emitter, x, pack, region, site)))
+        graph.eliminate_dead_code()
     return fused
+
+
+def _packed_activation(node: fx.Node) -> fx.Node | None:
+    """The activation that ``node`` packs."""
+    return arguments(node)[0] if is_call(node, fqt.pack_activation.default) else None
+
+
+def _packed_mask(node: fx.Node) -> fx.Node | None:
+    """The x of a ``pack_bool(x <= 0)`` that no packing of x has produced on the way."""
+    if not is_call(node, fqt.pack_bool.default):
+        return None
+    mask = arguments(node)[0]
+    if not is_call(mask, aten.le.Scalar) or arguments(mask)[1] != 0:
+        return None
+    return strip(arguments(mask)[0], {aten.alias.default})
 
 
 class _ActivationRegion(Region):
@@ -138,8 +156,9 @@ def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
     return None
 
 
-def _replace(emitter: Emitter, pack: fx.Node, region: _ActivationRegion, site: str) -> fx.Node:
-    x, threshold, *after = arguments(pack)
+def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationRegion, site: str) -> fx.Node:
+    """``pack``: the packing of x, or of its negative mask alone."""
+    threshold, *after = arguments(pack)[1:] or (None,)
     readers = _readers(x, region.live)
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     anchor = min((*readers.masks, *readers.others, pack), key=order.__getitem__)
@@ -152,7 +171,7 @@ def _replace(emitter: Emitter, pack: fx.Node, region: _ActivationRegion, site: s
     keep = (bool(readers.others), bool(readers.masks))
     args = (operands, str(region.program), code, region.window, *keep, *after)
     bits, mask, values, below = at.call("fused", fqt.fused_activation.default, *args)
-    for item in list(pack.users):
+    for item in list(pack.users) if is_call(pack, fqt.pack_activation.default) else []:
         replacement = (bits, mask)[arguments(item)[1]]
         replacement.meta.update({k: item.meta[k] for k in ("recompute",) if k in item.meta})
         item.replace_all_uses_with(replacement)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import Emitter, arguments, is_backward, is_call, provenance, value
+from .graph import Emitter, arguments, aten, is_backward, is_call, provenance, value
 from .local import live_nodes
 from .region import Region, are_readable, is_supported
 
@@ -26,6 +26,7 @@ READERS = frozenset(
         fqt.quantize_rows.default,
         fqt.quantize_channels.default,
         fqt.gradient_moments.default,
+        fqt.float_gradient_moments.default,
         fqt.max_pool_gradient.default,
     }
 )
@@ -42,11 +43,11 @@ def fuse_gradients(graph: fx.Graph, every_row_is_kept: bool) -> list[tuple[str, 
     emitter = Emitter(graph, "fuse_gradients")
     fused: list[tuple[str, fx.Node]] = []
     for x in list(graph.nodes):
-        readers = [user for user in x.users if user.target in READERS]
+        readers = [user for user in x.users if user.target in READERS or is_convolution_gradient(user, x)]
         if not readers or x.op != "call_function" or not is_supported(x, x):
             continue
         region = _GradientRegion(graph, x, live_nodes(graph))
-        if region.statements:
+        if region.statements and (region.is_beside_packed() or any(user.target in READERS for user in readers)):
             made = provenance(readers[0])
             site = made.site if made else "step"
             fused.append((site, _replace(emitter, x, region, site, every_row_is_kept)))
@@ -62,11 +63,21 @@ class _GradientRegion(Region):
             return node is not x and any(user in live and not is_supported(user, user) for user in node.users)
 
         absorbed, sources = self.absorb(x, is_in_memory)
+        self.sources = sources
         if len(sources) > MAX_FULL_OPERANDS or len(absorbed) > MAX_STATEMENTS or not are_readable(sources):
             return
         self.emit(absorbed, sources)
         if self.statements and self.argument(x) != self.statements[-1].name:
             self.statements.clear()  # not all of x can be said: nothing is fused
+
+    def is_beside_packed(self) -> bool:
+        """Does a packed operation read a float tensor of the region too? Then it is in NHWC memory already."""
+        return any(user.target in READERS for source in self.sources for user in source.users)
+
+
+def is_convolution_gradient(user: fx.Node, x: fx.Node) -> bool:
+    """Does ``user`` differentiate a float convolution whose gradient is ``x``?"""
+    return is_call(user, aten.convolution_backward.default) and arguments(user)[0] is x
 
 
 def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, every_row_is_kept: bool) -> fx.Node:

@@ -4,13 +4,16 @@
 
 The sums of acc and acc**2 are integers, exact in any order; only the last step is rounded (reference.channel_moments).
 One pass over int16 replaces a two-pass float reduction, and the float output need not exist. The sums of BatchNorm's
-backward are taken from the same integers (reference.gradient_moments).
+backward are taken from the same integers (reference.gradient_moments). Float convolutions between fused activations
+get both from one pass over their output (`float_moments`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -23,10 +26,10 @@ fqt = torch.ops.fqt
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized:
-    """A float output ``alpha acc + bias`` of a packed product."""
+    """A float output ``alpha acc + bias`` of a packed product; or acc itself, a float tensor, where alpha is None."""
 
     acc: fx.Node
-    alpha: fx.Node
+    alpha: fx.Node | None
     bias: fx.Node | None
 
 
@@ -56,31 +59,65 @@ def exact_gradient_moments(graph: fx.Graph) -> int:
 
     Returns how many pairs were replaced.
     """
+    replaced = sum(_replace_pair(graph, node, match_dequantized) for node in list(graph.nodes))
+    graph.eliminate_dead_code()
+    return replaced
+
+
+def float_moments(graph: fx.Graph) -> int:
+    """The same for float convolutions whose output goes into a fused activation (a stem, a projection of a skip).
+
+    They are in NHWC memory anyway, and one pass over them replaces Inductor's two. Returns how many.
+    """
     emitter = Emitter(graph, "moments")
     replaced = 0
     for node in list(graph.nodes):
-        matched = _match_gradient_moment(node)
-        if matched is None:
+        if not is_call(node, aten.var_mean.correction) or is_backward(node) or not _over_batch(node):
             continue
-        g, output, center = matched
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        others = [u for u in g.users if u is not node and _is_batch_sum(u)]
-        readers = [user for other in others for user in other.users]
-        operands = [n for n in (g, output.acc, output.alpha, output.bias, center) if n is not None]
-        latest = max(operands, key=order.__getitem__)
-        if order[latest] > min(order[n] for n in (node, *readers)):
-            continue  # a sum is read before the integers exist
-        made = provenance(node) or provenance(output.acc)
-        at = emitter.at(node, made.site if made else "step")
-        at.anchor = latest.next
-        args = (g, output.acc, output.alpha, output.bias, center)
-        total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
-        node.replace_all_uses_with(moment)
-        for other in others:
-            other.replace_all_uses_with(total)
+        output = match_convolution(arguments(node)[0])
+        if output is None or not any(is_call(user, fqt.fused_activation.default) for user in output.acc.users):
+            continue
+        moments = emitter.at(node, "step").call("statistics", fqt.float_moments.default, output.acc)
+        for item in list(node.users):
+            item.replace_all_uses_with(moments[arguments(item)[1]])
         replaced += 1
+    for node in list(graph.nodes):
+        _replace_pair(graph, node, match_convolution)
     graph.eliminate_dead_code()
     return replaced
+
+
+def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Dequantized | None]) -> bool:
+    """Replace ``sum(g (y - center))`` and the sums of g beside it, if ``match`` knows y."""
+    matched = _match_gradient_moment(node, match)
+    if matched is None:
+        return False
+    g, output, center = matched
+    if output.alpha is None and not _is_float_moment(center):
+        return False
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    others = [u for u in g.users if u is not node and _is_batch_sum(u)]
+    readers = [user for other in others for user in other.users]
+    latest = max((n for n in (g, output.acc, output.alpha, output.bias, center) if n), key=order.__getitem__)
+    if order[latest] > min(order[n] for n in (node, *readers)):
+        return False  # a sum is read before the integers exist
+    made = provenance(node) or provenance(output.acc)
+    at = Emitter(graph, "moments").at(node, made.site if made else "step")
+    at.anchor = latest.next
+    if output.alpha is None:
+        total, moment = at.call("statistics", fqt.float_gradient_moments.default, g, output.acc, center)
+    else:
+        args = (g, output.acc, output.alpha, output.bias, center)
+        total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
+    node.replace_all_uses_with(moment)
+    for other in others:
+        other.replace_all_uses_with(total)
+    return True
+
+
+def _is_float_moment(center: fx.Node) -> bool:
+    squeezed = strip(center, VIEWS | {aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim})
+    return is_call(squeezed, operator.getitem) and is_call(arguments(squeezed)[0], fqt.float_moments.default)
 
 
 def _is_batch_sum(node: fx.Node) -> bool:
@@ -92,15 +129,17 @@ def _is_batch_sum(node: fx.Node) -> bool:
     return bool(source.dtype == torch.float32 and axes == [0, *range(2, source.dim())])
 
 
-def _match_gradient_moment(node: fx.Node) -> tuple[fx.Node, Dequantized, fx.Node] | None:
-    """``sum(mul(g, sub(y, view(center))))`` of a packed output y, as (g, y, center)."""
+def _match_gradient_moment(
+    node: fx.Node, match: Callable[[fx.Node], Dequantized | None]
+) -> tuple[fx.Node, Dequantized, fx.Node] | None:
+    """``sum(mul(g, sub(y, view(center))))`` of a y that ``match`` knows, as (g, y, center)."""
     if not _is_batch_sum(node) or not is_call(arguments(node)[0], aten.mul.Tensor):
         return None
     for g, centered in (arguments(arguments(node)[0])[:2], arguments(arguments(node)[0])[1::-1]):
         if not isinstance(g, fx.Node) or not is_call(centered, aten.sub.Tensor) or centered.kwargs:
             continue
         y, center = arguments(centered)[:2]
-        output = match_dequantized(y) if isinstance(y, fx.Node) else None
+        output = match(y) if isinstance(y, fx.Node) else None
         vector = strip(center, VIEWS | {aten.unsqueeze.default}) if is_channel_vector(center, centered) else None
         if output is not None and vector is not None and value(vector).dim() == 1:
             return g, output, vector
@@ -127,6 +166,13 @@ def match_dequantized(node: fx.Node) -> Dequantized | None:
     if not is_call(acc, fqt.output_product.default) or (bias is not None and value(bias).dim() != 1):
         return None
     return Dequantized(acc, strip(arguments(node)[1], VIEWS), bias)
+
+
+def match_convolution(node: fx.Node) -> Dequantized | None:
+    """A float32 or bfloat16 convolution, as float32."""
+    node = strip(node, {prims.convert_element_type.default})
+    known = is_call(node, aten.convolution.default) and value(node).dtype in (torch.float32, torch.bfloat16)
+    return Dequantized(node, None, None) if known else None
 
 
 def largest_output(acc: fx.Node) -> int:

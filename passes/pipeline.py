@@ -147,6 +147,10 @@ def _fuse(state: State) -> None:
     fuse.fuse_weight_gradients(state.graph)
 
 
+def _float_moments(state: State) -> None:
+    moments.float_moments(state.graph)
+
+
 def _fuse_gradients(state: State) -> None:
     everywhere = not state.config.prunes
     state.regions += fuse_gradients.fuse_gradients(state.graph, every_row_is_kept=everywhere)
@@ -204,7 +208,8 @@ OPTIMIZE = (
     Pass("float_layers", _float_layers, ("kept rows",), "float layers"),
     Pass("moments", _moments, ("kept rows",), "exact statistics"),
     Pass("fuse", _fuse, ("exact statistics",), "fused activations", _no_float_left),
-    Pass("fuse_gradients", _fuse_gradients, ("exact statistics",), "fused gradients", _no_float_left),
+    Pass("float_moments", _float_moments, ("fused activations",), "float statistics"),
+    Pass("fuse_gradients", _fuse_gradients, ("float statistics",), "fused gradients", _no_float_left),
     Pass("narrow", _narrow, ("fused activations", "fused gradients"), "narrow products"),
 )
 FINISH = (Pass("layout", _layout, ("shared operands",), "NHWC operands"),)

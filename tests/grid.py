@@ -141,6 +141,9 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
         made["channel_moments"] += [(acc, scale, b, largest) for b in (None, bias) if layer.batch]
         variants = (o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1))
         made["gradient_moments"] += [(x, acc, scale, b, bias) for x in variants for b in (None, scale)]
+    floats = [o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1), o.x.bfloat16(), o.x + 100] if layer.batch else []
+    made["float_moments"] = [(x,) for x in floats]
+    made["float_gradient_moments"] = [(o.x, x, bias) for x in floats]
     if len(layer.size) != 2 or min(layer.size) < 2 or not layer.batch:
         return made
     x = o.x.relu()  # many ties

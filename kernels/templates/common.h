@@ -279,3 +279,11 @@ INLINE void transpose64(u64* words) {
   swap_blocks<1>(words, 0x5555555555555555u);
 }
 #endif
+
+// -- elements as numbers -------------------------------------------------------------------------------------
+
+typedef struct { uint16_t bits; } bf16;
+INLINE float load(float x) { return x; }
+INLINE float load(i32 x) { return float(x); }
+INLINE float load(i16 x) { return float(x); }
+INLINE float load(bf16 x) { return bits_float(u32(x.bits) << 16); }

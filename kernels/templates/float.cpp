@@ -104,24 +104,24 @@ EXPORT i64 channel_moments(const void* acc, i64 narrow, i64 count, i64 channels,
   return OK;
 }
 
-// Sums of g and g * acc of up to 64 channels over rows begin <= m < end, in float64.
-template <bool WHOLE, class Element>
-INLINE void add_gradient_moments(const float* g, const Element* acc, i64 begin, i64 end, i64 channels, i64 count,
-                                 double* __restrict total, double* __restrict weighted) {
+// Sums of g and g * x of up to 64 channels over rows begin <= m < end, in float64.
+template <bool WHOLE, class G, class X>
+INLINE void add_products(const G* g, const X* x, i64 begin, i64 end, i64 channels, i64 count, double* __restrict total,
+                         double* __restrict weighted) {
   for (i64 m = begin; m < end; ++m) {
-    const float* __restrict v = g + m * channels;
-    const Element* __restrict a = acc + m * channels;
+    const G* v = g + m * channels;
+    const X* a = x + m * channels;
     for (i64 i = 0; i < (WHOLE ? WORD : count); ++i) {
-      const double x = v[i];
-      total[i] += x;
-      weighted[i] += x * double(a[i]);
+      const double first = load(v[i]);
+      total[i] += first;
+      weighted[i] += first * double(load(a[i]));
     }
   }
 }
 
-template <class Element>
-static void all_gradient_moments(const float* g, const Element* acc, i64 count, i64 channels, const float* scale,
-                                 const float* bias, const float* center, float* total, float* moment, i64 threads) {
+// finish(c, sum g, sum g * x) for every channel of [count][channels]; the order is that of reference._blocked_sum.
+template <class G, class X, class Finish>
+static void product_sums(const G* g, const X* x, i64 count, i64 channels, i64 threads, Finish finish) {
   constexpr i64 ROW_BLOCK = {{ row_block }};
   const i64 blocks = ceil_div(count, ROW_BLOCK), padded = ceil_div(channels, WORD) * WORD;
   std::vector<double> sums(blocks * padded * 2);
@@ -129,18 +129,14 @@ static void all_gradient_moments(const float* g, const Element* acc, i64 count, 
     const i64 begin = b * ROW_BLOCK, end = std::min(count, begin + ROW_BLOCK);
     for (i64 c = 0; c < channels; c += WORD) {
       double *first = &sums[b * padded * 2 + c], *second = first + padded;
-      if (c + WORD <= channels)
-        add_gradient_moments<true>(g + c, acc + c, begin, end, channels, WORD, first, second);
-      else
-        add_gradient_moments<false>(g + c, acc + c, begin, end, channels, channels - c, first, second);
+      if (c + WORD <= channels) add_products<true>(g + c, x + c, begin, end, channels, WORD, first, second);
+      else add_products<false>(g + c, x + c, begin, end, channels, channels - c, first, second);
     }
   });
   for (i64 c = 0; c < channels; ++c) {
     double first = 0, second = 0;
     for (i64 b = 0; b < blocks; ++b) first += sums[b * padded * 2 + c], second += sums[b * padded * 2 + padded + c];
-    const double shift = bias ? double(bias[c]) - double(center[c]) : -double(center[c]);
-    total[c] = float(first);
-    moment[c] = float(double(scale[c]) * second + shift * first);
+    finish(c, first, second);
   }
 }
 
@@ -148,10 +144,36 @@ static void all_gradient_moments(const float* g, const Element* acc, i64 count, 
 // moment = alpha sum g acc + (bias - center) sum g; bias may be null.
 EXPORT i64 gradient_moments(const float* g, const void* acc, i64 narrow, i64 count, i64 channels, const float* scale,
                             const float* bias, const float* center, float* total, float* moment, i64 threads) {
-  if (narrow)
-    all_gradient_moments(g, (const i16*)acc, count, channels, scale, bias, center, total, moment, threads);
-  else
-    all_gradient_moments(g, (const i32*)acc, count, channels, scale, bias, center, total, moment, threads);
+  auto finish = [&](i64 c, double first, double second) {
+    const double shift = bias ? double(bias[c]) - double(center[c]) : -double(center[c]);
+    total[c] = float(first);
+    moment[c] = float(double(scale[c]) * second + shift * first);
+  };
+  if (narrow) product_sums(g, (const i16*)acc, count, channels, threads, finish);
+  else product_sums(g, (const i32*)acc, count, channels, threads, finish);
+  return OK;
+}
+
+// x [count][channels], bfloat16 where `half`, else float32
+EXPORT i64 float_gradient_moments(const float* g, const void* x, i64 half, i64 count, i64 channels,
+                                  const float* center, float* total, float* moment, i64 threads) {
+  auto finish = [&](i64 c, double first, double second) {
+    total[c] = float(first);
+    moment[c] = float(second + -double(center[c]) * first);
+  };
+  if (half) product_sums(g, (const bf16*)x, count, channels, threads, finish);
+  else product_sums(g, (const float*)x, count, channels, threads, finish);
+  return OK;
+}
+
+EXPORT i64 float_moments(const void* x, i64 half, i64 count, i64 channels, float* var, float* mean, i64 threads) {
+  auto finish = [&](i64 c, double first, double second) {
+    const double center = first / double(count), spread = second / double(count) - center * center;
+    mean[c] = float(center);
+    var[c] = float(spread < 0 ? 0.0 : spread);
+  };
+  if (half) product_sums((const bf16*)x, (const bf16*)x, count, channels, threads, finish);
+  else product_sums((const float*)x, (const float*)x, count, channels, threads, finish);
   return OK;
 }
 

@@ -4,12 +4,6 @@ INLINE float to_bfloat16(float x) {
   return x != x ? bits_float(0x7fc00000u) : bits_float(rounded);
 }
 
-typedef struct { uint16_t bits; } bf16;
-INLINE float load(float x) { return x; }
-INLINE float load(i32 x) { return float(x); }
-INLINE float load(i16 x) { return float(x); }
-INLINE float load(bf16 x) { return bits_float(u32(x.bits) << 16); }
-
 struct Operands {
 {% for operand in operands %}
   const {{ operand.type }}* p{{ loop.index0 }};
