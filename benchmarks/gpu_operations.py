@@ -17,6 +17,7 @@ Call = tuple[str, tuple[Any, ...]]
 BATCH_NORM = "full,channel,channel,channel,channel|t0=mul(x0,x1)|t1=sub(t0,x2)|t2=div(t1,x3)|t3=add(t2,x4)|t4=relu(t3)"
 POOLED = "full,channel,channel|t0=mul(x0,x1)|t1=pool(t0)|t2=add(t1,x2)|t3=relu(t2)"
 RESIDUAL = "full,full,channel|t0=mul(x0,x2)|t1=add(t0,x1)|t2=bfloat16(t1)|t3=maximum(t2,-1.0)"
+MASKED = "full,full,channel,channel,bits|t0=mul(x1,x2)|t1=sub(t0,x3)|t2=add(x0,t1)|t3=where(x4,0.0,t2)"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ def gradient_calls(
     kept_g = REFERENCE["keep_rows"](g, rows, row_scale)
     yield "quantize_rows", (kept_g, scale, rows, None, seed, 5, bits, True)
     yield "quantize_channels", (kept_g, rows, None, None, None, seed, 6, bits, True)
+    ranges = REFERENCE["fused_gradient"]([kept_g], "full|t0=mul(x0,1.0)", True, scale)[1:]
+    yield "quantize_rows", (kept_g, scale, rows, None, seed, 5, bits, True, ranges[0])
+    yield "quantize_channels", (kept_g, rows, None, None, None, seed, 6, bits, True, ranges[1])
     planes, s, z = REFERENCE["quantize_rows"](*by_row)
     yield "dequantize_rows", (planes, s, z, rows, layer.out_channels, layer.batch)
     yield "grad_input_product", (planes, w_bits_t, *channels, list(layer.size), stride, padding)
@@ -148,12 +152,18 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
     for b in (None, bias):
         yield "channel_moments", (acc, scale, b, largest)
         yield "gradient_moments", (g, acc, scale, b, center)
+    for y in (g, g.bfloat16()):
+        yield "float_moments", (y,)
+        yield "float_gradient_moments", (g, y, center)
     operands = [acc, scale, center, width, shift]
     for code, values, below in (("sign", False, True), ("threshold", True, False), ("threshold", False, True)):
         yield "fused_activation", (operands, BATCH_NORM, code, [], values, below)
     yield "fused_activation", ([acc, g.bfloat16(), scale], RESIDUAL, "threshold", [], True, True)
     yield "pack_bool", (g > 0,)
-    yield "unpack_bool", (REFERENCE["pack_bool"](g > 0), layer.out_channels)
+    mask = REFERENCE["pack_bool"](g > 0)
+    yield "unpack_bool", (mask, layer.out_channels)
+    for measure, factor in ((True, scale), (True, None), (False, None)):
+        yield "fused_gradient", ([g, acc, scale, center, mask], MASKED, measure, factor)
     if len(layer.size) != 2:
         return
     y = (acc.float() * scale.view(1, -1, 1, 1)).relu()  # many ties

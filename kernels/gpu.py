@@ -36,6 +36,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     gpu_float.unpack_bool,
     gpu_float.channel_moments,
     gpu_float.gradient_moments,
+    gpu_float.float_moments,
+    gpu_float.float_gradient_moments,
     gpu_float.max_pool_gradient,
     gpu_products.output_product,
     gpu_products.grad_input_product,

@@ -24,7 +24,7 @@ PIECES = 256
 """Pieces of the positions whose integer sums are found at the same time."""
 POSITIONS = 32
 CHANNELS = 32
-BLOCKS = 4
+BLOCKS = 8
 """Blocks of `reference.ROW_BLOCK` positions per program."""
 SMALL_LIMIT = 46340
 """Largest integer whose square fits 32 bits."""
@@ -84,22 +84,50 @@ def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, larg
     return var, mean
 
 
-def gradient_moments(
-    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
-) -> tuple[Tensor, Tensor]:
+def _product_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """float64 ``[blocks, C]``: sums of g and of g x over blocks of positions."""
     channels, count = g.shape[1], g.shape[0] * inner_size(g)
-    total, moment = (weight_scale.new_empty(channels, dtype=torch.float32) for _ in range(2))
     blocks = ceil_div(count, reference.ROW_BLOCK)
     totals, products = (g.new_empty(blocks, channels, dtype=torch.float64) for _ in range(2))
     made = spec("float", offset=offset_type(g.numel()))
     grid = (ceil_div(channels, CHANNELS), ceil_div(blocks, BLOCKS))
     sizes, tile = (count, channels, min(count, reference.ROW_BLOCK)), {"BLOCKS": BLOCKS, "CHANNELS": CHANNELS}
-    launch(made, "gradient_sums", grid, values(g), nhwc_memory(acc), totals, products, *sizes, **tile)
-    vectors = (vector(weight_scale), vector(bias), vector(center))
-    flags = {"BIASED": bias is not None, "CHANNELS": CHANNELS}
-    operands = (totals, products, *vectors, total, moment)
-    launch(made, "gradient_moments_of_sums", grid[:1], *operands, channels, blocks, **flags, warps=1)
+    memory = (values(g), values(x) if x.is_floating_point() else nhwc_memory(x))
+    launch(made, "product_sums", grid, *memory, totals, products, *sizes, **tile)
+    return totals, products
+
+
+def gradient_moments(
+    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _gradient_moments(g, acc, weight_scale, bias, center)
+
+
+def float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    return _gradient_moments(g, x, None, None, center)
+
+
+def _gradient_moments(
+    g: Tensor, x: Tensor, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    total, moment = (center.new_empty(g.shape[1], dtype=torch.float32) for _ in range(2))
+    sums = _product_sums(g, x)
+    blocks, channels = sums[0].shape
+    operands = (*sums, vector(weight_scale), vector(bias), vector(center), total, moment)
+    flags = {"SCALED": weight_scale is not None, "BIASED": bias is not None, "CHANNELS": CHANNELS}
+    made, grid = spec("float", offset=offset_type(sums[0].numel())), [ceil_div(channels, CHANNELS)]
+    launch(made, "gradient_moments_of_sums", grid, *operands, channels, blocks, **flags, warps=1)
     return total, moment
+
+
+def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    var, mean = (x.new_empty([1, x.shape[1], *[1] * (x.dim() - 2)], dtype=torch.float32) for _ in range(2))
+    sums = _product_sums(x, x)
+    blocks, channels = sums[0].shape
+    made, grid = spec("float", offset=offset_type(sums[0].numel())), [ceil_div(channels, CHANNELS)]
+    sizes = (x.shape[0] * inner_size(x), channels, blocks)
+    launch(made, "float_moments_of_sums", grid, *sums, var, mean, *sizes, CHANNELS=CHANNELS, warps=1)
+    return var, mean
 
 
 # -- max-pooling ---------------------------------------------------------------------------------------------

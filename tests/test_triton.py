@@ -26,17 +26,17 @@ from fqt_compile.kernels.gpu_codegen import spec
 HERE = Path(__file__).parent
 GROUPS = {
     "activations": ["check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"],
-    "programs and masks": ["fused_activation", "fused_gradient", "pack_bool", "unpack_bool"],
+    "programs": ["fused_activation", "fused_gradient", "pack_bool", "unpack_bool", "max_pool_gradient"],
     "weights": ["quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"],
     "rows": ["row_importance", "channel_importance", "select"],
     "moved rows": ["prune_rows", "keep_rows", "gather_words", "gather_rows", "scatter_rows"],
-    "statistics and pools": ["channel_moments", "gradient_moments", "max_pool_gradient"],
+    "statistics": ["channel_moments", "gradient_moments", "float_moments", "float_gradient_moments"],
     "quantize": ["quantize_rows", "quantize_channels"],
     "dequantize": ["dequantize_rows", "dequantize_grad_input", "dequantize_grad_weight"],
     "forward products": ["output_product", "grad_input_product"],
     "weight product": ["grad_weight_product", "grad_weight"],
 }
-SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product", "statistics and pools")
+SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product", "statistics", "programs")
 COVERED = "triton coverage"
 
 
@@ -182,7 +182,7 @@ for model, options in ((SmallNet(norm=True), {}), (SmallNet(norm=True), paper), 
     print(json.dumps(sorted({launch.kernel for launch in launches})))
 """
 OF_OPTIMIZED_GRAPHS = {
-    *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "gradient_sums", "gradient_moments_of_sums"),
+    *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "product_sums", "gradient_moments_of_sums"),
     *(
         "program_values",
         "merge_extremes",

@@ -65,7 +65,7 @@ def assert_expected_instructions(launch: gpu_launch.Launch, made: triton_aot.Com
         assert bool(counts) == (strategy == "popcount")
     if target != "gfx942":
         needed = {"make_groups": "div.rn.f32", "row_norms": "sqrt.rn.f32", "mean_of_sums": "div.rn.f64"}
-        needed |= {"moments_of_sums": "div.rn.f64", "gradient_sums": "add.f64", "probabilities": "div.rn.f64"}
+        needed |= {"moments_of_sums": "div.rn.f64", "product_sums": "add.f64", "probabilities": "div.rn.f64"}
         if dict(launch.spec.options).get("program") == PROGRAMS["hardtanh"]:
             needed[launch.kernel] = "div.rn.f32"
         assert re.search(needed.get(launch.kernel, "").replace("add", r"add(\.rn)?"), made.assembly)

@@ -40,7 +40,7 @@ LARGE = ("3x3-large", "3x3-many-positions")
 NEEDED = ("grad_weight_product", "3x3-many-positions")
 """The only product that several programs add up to, each with several words."""
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
-SLOW = (*PRODUCTS, "grad_weight", "max_pool_gradient")
+SLOW = (*PRODUCTS, "grad_weight", "max_pool_gradient", "float_moments", "float_gradient_moments")
 
 
 def strategies(operation: str) -> tuple[str, ...]:
