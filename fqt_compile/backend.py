@@ -11,7 +11,6 @@ import functools
 import hashlib
 import pathlib
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +20,13 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .config import FQTConfig
-from .errors import ConfigError, FQTWarning
+from .errors import ConfigError
 from .kernels import gpu
 from .kernels.codegen import find_compiler
 from .kernels.gpu_launch import require_triton
 from .kernels.memory import keep_freed_memory
 from .kernels.reference_ops import OPERATIONS
-from .passes.decide import unmatched_patterns
+from .notices import announce, graph_key, notices, recall, remember
 from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline
 
 SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*", "kernels/templates/triton/*")
@@ -56,10 +55,13 @@ class FQTPass(CustomGraphPass):
         observe: Callable[[str, str], None] | None = None,
     ) -> None:
         self.config, self.names, self.on_state, self.observe = config, tuple(names), on_state, observe
+        self.messages: list[str] | None = None
+        """What was said about the graph; None before the pass has run."""
 
     def __call__(self, graph: fx.Graph) -> None:
         state = run_pipeline(graph, self.config, self.names, self.observe)
-        warn_about(state)
+        self.messages = notices(state)
+        announce(self.messages)
         if self.on_state is not None:
             self.on_state(state)
 
@@ -101,7 +103,12 @@ def fqt1bit(
     # Donated buffers save a little memory and forbid retain_graph=True; torch checks the setting again when the
     # backward runs, so it cannot be changed for one compilation only.
     torch._functorch.config.donated_buffer = False
+    key = graph_key(gm, example_inputs, joint_pass.uuid())
     compiled: Any = compile_fx(gm, example_inputs, config_patches={"joint_custom_pre_pass": joint_pass})
+    if joint_pass.messages is None:  # Inductor had it in its cache
+        announce(recall(key))
+    else:
+        remember(key, joint_pass.messages)
     return compiled
 
 
@@ -184,18 +191,3 @@ def _module_path(node: fx.Node) -> str:
     if parameter and parameter[-1] != "weight":
         path.append(parameter[-1])
     return ".".join(path) or "(model)"
-
-
-def warn_about(state: State) -> None:
-    """Say what a user would otherwise find out from a benchmark."""
-    if not any(site.packed for site in state.sites):
-        reasons = "; ".join(f"{site.name}: {site.reason}" for site in state.sites) or "it has no such layer"
-        warnings.warn(
-            f"fqt1bit: no convolution or linear layer of this graph is packed, all of it runs in float ({reasons})",
-            FQTWarning,
-            stacklevel=2,
-        )
-    unmatched = unmatched_patterns(state.sites, state.config.skip)
-    if unmatched:
-        names = ", ".join(site.name for site in state.sites)
-        warnings.warn(f"fqt1bit: skip={unmatched} names no layer; layers: {names}", FQTWarning, stacklevel=2)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .backend import FQTPass, compile_interpreted, parameter_names, warn_about
+from .backend import FQTPass, compile_interpreted, parameter_names
 from .config import FQTConfig
 from .errors import CaptureError
+from .notices import announce, notices
 from .passes.compact import CompactedRows
 from .passes.graph import arguments, describe, value
 from .passes.pipeline import State, run_pipeline
@@ -113,7 +114,7 @@ class _Analysis(FQTPass):
         target = graph if self.rewrite else _copy(graph)
         self.state = run_pipeline(target, self.config, self.names, self.observe)
         if not self.rewrite:  # a report captures twice; once is enough to say it
-            warn_about(self.state)
+            announce(notices(self.state))
         self.sites = [report(site, site.index in self.state.choice.below) for site in self.state.sites]
 
     def uuid(self) -> Any:

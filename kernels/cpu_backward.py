@@ -68,7 +68,7 @@ def prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
 
 
 def keep_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
-    kept = native.nhwc_memory(g).index_select(0, rows.clamp(min=0))
+    kept = packing.channels_last(g).contiguous().index_select(0, rows.clamp(min=0))
     factor = (row_scale * (rows >= 0)).view(-1, *[1] * (g.dim() - 1))
     if bool((rows < 0).any()):
         kept[rows < 0] = 0  # 0 * inf is not 0
@@ -83,7 +83,7 @@ def gather_words(words: Tensor, rows: Tensor) -> Tensor:
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    gathered = native.nhwc_memory(x).index_select(0, rows.clamp(min=0))
+    gathered = packing.channels_last(x).contiguous().index_select(0, rows.clamp(min=0))
     gathered[rows < 0] = 0
     return packing.channels_second(gathered)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -68,7 +69,7 @@ def quantize_weight(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
 
 
 def _taps(panels: Tensor) -> int:
-    return panels[0, ..., 0, 0].numel()
+    return math.prod(panels.shape[1:-2])
 
 
 def transpose_weight(w_bits: Tensor, in_channels: int, out_channels: int) -> Tensor:

@@ -8,6 +8,7 @@ through the tag ``needs_fixed_stride_order``, so that nothing is copied.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -417,10 +418,12 @@ def _register() -> None:
 def _native(name: str, module: str) -> Callable[..., Any]:
     """The kernel of an operation in ``cpu`` or ``gpu``, which is imported on the first call: it needs a compiler."""
 
-    def call(*args: Any) -> Any:
-        return importlib.import_module(f"{__package__}.{module}").OPERATIONS[name](*args)
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
+        function: Callable[..., Any] = importlib.import_module(f"{__package__}.{module}").OPERATIONS[name]
+        return function
 
-    return call
+    return lambda *args: kernel()(*args)
 
 
 _register()

@@ -19,9 +19,11 @@ import torch
 from torch import fx
 
 from .graph import VIEWS, Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
-from .local import is_channel_vector
+from .local import is_channel_vector, is_pointwise
 
 fqt = torch.ops.fqt
+POOLED = frozenset({prims._low_memory_max_pool_with_offsets.default, aten.avg_pool2d.default, operator.getitem})
+PASSED_ON = frozenset({prims.convert_element_type.default, aten.alias.default})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ def exact_gradient_moments(graph: fx.Graph) -> int:
 
 
 def float_moments(graph: fx.Graph) -> int:
-    """The same for float convolutions whose output goes into a fused activation (a stem, a projection of a skip).
+    """The same for float convolutions whose output is packed in the end (a stem, a projection of a skip).
 
     They are in NHWC memory anyway, and one pass over them replaces Inductor's two. Returns how many.
     """
@@ -75,7 +77,7 @@ def float_moments(graph: fx.Graph) -> int:
         if not is_call(node, aten.var_mean.correction) or is_backward(node) or not _over_batch(node):
             continue
         output = match_convolution(arguments(node)[0])
-        if output is None or not any(is_call(user, fqt.fused_activation.default) for user in output.acc.users):
+        if output is None or not _leads_to_packing(output.acc):
             continue
         moments = emitter.at(node, "step").call("statistics", fqt.float_moments.default, output.acc)
         for item in list(node.users):
@@ -113,6 +115,20 @@ def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Deq
     for other in others:
         other.replace_all_uses_with(total)
     return True
+
+
+def _leads_to_packing(node: fx.Node) -> bool:
+    """Is the packing of a pointwise or pooled function of ``node`` in the forward?"""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if is_call(user, fqt.pack_activation.default):
+                return True
+            passed_on = is_pointwise(user) or user.target in POOLED or user.target in PASSED_ON
+            if passed_on and not is_backward(user) and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _is_float_moment(center: fx.Node) -> bool:

@@ -140,15 +140,12 @@ def _float_layers(state: State) -> None:
 def _moments(state: State) -> None:
     moments.exact_moments(state.graph)
     moments.exact_gradient_moments(state.graph)
+    moments.float_moments(state.graph)
 
 
 def _fuse(state: State) -> None:
     state.regions += fuse.fuse_activations(state.graph)
     fuse.fuse_weight_gradients(state.graph)
-
-
-def _float_moments(state: State) -> None:
-    moments.float_moments(state.graph)
 
 
 def _fuse_gradients(state: State) -> None:
@@ -208,8 +205,7 @@ OPTIMIZE = (
     Pass("float_layers", _float_layers, ("kept rows",), "float layers"),
     Pass("moments", _moments, ("kept rows",), "exact statistics"),
     Pass("fuse", _fuse, ("exact statistics",), "fused activations", _no_float_left),
-    Pass("float_moments", _float_moments, ("fused activations",), "float statistics"),
-    Pass("fuse_gradients", _fuse_gradients, ("float statistics",), "fused gradients", _no_float_left),
+    Pass("fuse_gradients", _fuse_gradients, ("exact statistics",), "fused gradients", _no_float_left),
     Pass("narrow", _narrow, ("fused activations", "fused gradients"), "narrow products"),
 )
 FINISH = (Pass("layout", _layout, ("shared operands",), "NHWC operands"),)

@@ -330,6 +330,13 @@ def test_uuid_covers_options_names_and_fuel(monkeypatch):
     assert FQTPass(config, ["a"]).uuid() != base
 
 
+def test_a_cached_compilation_says_again_what_runs_in_float():
+    for _ in range(2):  # Inductor's cache skips the passes the second time
+        torch._dynamo.reset()
+        with pytest.warns(FQTWarning, match="all of it runs in float"):
+            compiled(nn.Linear(5, 3), skip=[])(torch.randn(2, 5)).sum().backward()
+
+
 def test_graph_breaks_and_activation_checkpointing():
     class Broken(SmallNet):
         def forward(self, x):

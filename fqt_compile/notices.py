@@ -1,0 +1,67 @@
+"""What the passes have to say about a graph, said again where a cached compilation runs without them.
+
+Inductor's caches skip the passes in the next process. A model that is left in float would then run so silently; the
+messages are therefore kept beside the kernels and found by everything the rewritten graph depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .errors import FQTWarning, KernelBuildError
+from .kernels.codegen import cache_directory, replacing
+from .passes.decide import unmatched_patterns
+from .passes.pipeline import State
+
+
+def notices(state: State) -> list[str]:
+    """What a user would otherwise find out from a benchmark."""
+    messages = []
+    if not any(site.packed for site in state.sites):
+        reasons = "; ".join(f"{site.name}: {site.reason}" for site in state.sites) or "it has no such layer"
+        messages.append(
+            f"fqt1bit: no convolution or linear layer of this graph is packed, all of it runs in float ({reasons})"
+        )
+    unmatched = unmatched_patterns(state.sites, state.config.skip)
+    if unmatched:
+        names = ", ".join(site.name for site in state.sites)
+        messages.append(f"fqt1bit: skip={unmatched} names no layer; layers: {names}")
+    return messages
+
+
+def announce(messages: Sequence[str]) -> None:
+    """Issue them as `FQTWarning`."""
+    for message in messages:
+        warnings.warn(message, FQTWarning, stacklevel=3)
+
+
+def graph_key(gm: fx.GraphModule, example_inputs: Sequence[Any], uuid: Any) -> str:
+    """Names a compilation: the graph, what its inputs look like, and the digest of options and sources."""
+    inputs = [(x.dtype, tuple(map(str, x.shape)), x.device) if torch.is_tensor(x) else type(x) for x in example_inputs]
+    return hashlib.sha256(repr((gm.code, inputs, uuid)).encode()).hexdigest()[:24]
+
+
+def remember(key: str, messages: Sequence[str]) -> None:
+    """Keep the messages of a compilation; without a writable cache they are lost."""
+    with contextlib.suppress(OSError, KernelBuildError):
+        path = cache_directory() / f"notices-{key}.json"
+        if not messages:
+            path.unlink(missing_ok=True)
+            return
+        with replacing(path) as part:
+            part.write_text(json.dumps(list(messages)))
+
+
+def recall(key: str) -> list[str]:
+    """The messages kept for a compilation; none where nothing readable is kept."""
+    with contextlib.suppress(OSError, KernelBuildError, ValueError):
+        return [str(message) for message in json.loads((cache_directory() / f"notices-{key}.json").read_text())]
+    return []
