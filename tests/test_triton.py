@@ -26,17 +26,21 @@ from fqt_compile.kernels.gpu_codegen import spec
 HERE = Path(__file__).parent
 GROUPS = {
     "activations": ["check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"],
-    "programs": ["fused_activation", "fused_gradient", "pack_bool", "unpack_bool", "max_pool_gradient"],
+    "programs and statistics": [
+        *("fused_activation", "fused_gradient", "pack_bool", "unpack_bool", "max_pool_gradient"),
+        *("channel_moments", "gradient_moments", "float_moments", "float_gradient_moments"),
+    ],
     "weights": ["quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"],
-    "rows": ["row_importance", "channel_importance", "select"],
-    "moved rows": ["prune_rows", "keep_rows", "gather_words", "gather_rows", "scatter_rows"],
-    "statistics": ["channel_moments", "gradient_moments", "float_moments", "float_gradient_moments"],
+    "rows": [
+        *("row_importance", "channel_importance", "select"),
+        *("prune_rows", "keep_rows", "gather_words", "gather_rows", "scatter_rows"),
+    ],
     "quantize": ["quantize_rows", "quantize_channels"],
     "dequantize": ["dequantize_rows", "dequantize_grad_input", "dequantize_grad_weight"],
     "forward products": ["output_product", "grad_input_product"],
     "weight product": ["grad_weight_product", "grad_weight"],
 }
-SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product", "statistics", "programs")
+SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product", "programs and statistics", "rows")
 COVERED = "triton coverage"
 
 
