@@ -97,6 +97,8 @@ def _wanted(launch: gpu_launch.Launch) -> bool:
         return (options["shape"], options["code"]) == ("convolution", "threshold")
     if launch.spec.template == "fused_activation":
         return (options["program"], options["code"], options["values"]) in COMPILED_PROGRAMS
+    if launch.spec.template == "fused_gradient":
+        return bool(options["program"] == GRADIENT_PROGRAMS["recomputed-mask"])  # has all kinds of operands
     if launch.spec.template == "quantize":  # both numbers of bits, and both places of the operand
         return bool(options["bits"] == PLANES[not _variant(launch)])
     if "planes" in options:
