@@ -22,7 +22,7 @@ from ..kernels.program import FULL, POOL
 from .graph import Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
 from .local import live_nodes
 from .moments import largest_output
-from .region import SOURCES, Region, are_readable
+from .region import SOURCES, Region, are_readable, is_supported
 
 fqt = torch.ops.fqt
 MAX_FULL_OPERANDS = 4
@@ -122,20 +122,18 @@ class _Readers:
 
     masks: list[fx.Node]
     others: list[fx.Node]
+    later: list[fx.Node]
+    """Of the backward, which read the values from memory; others compute them again on the way."""
 
 
 def _readers(x: fx.Node, live: set[fx.Node]) -> _Readers:
-    readers = _Readers([], [])
+    readers = _Readers([], [], [])
+    packings = (fqt.activation_threshold.default, fqt.pack_activation.default)
     for user in x.users:
-        if (
-            user not in live
-            or is_backward(user)
-            or user.target
-            in (
-                fqt.activation_threshold.default,
-                fqt.pack_activation.default,
-            )
-        ):
+        if user not in live or user.target in packings:
+            continue
+        if is_backward(user):
+            readers.later += [user] * (not is_supported(user, user))
             continue
         masks = _negative_masks(user, live)
         if masks is None:
@@ -180,7 +178,7 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
         words.replace_all_uses_with(below)
     if readers.others:
         kept = at.cast("fused", values, value(x).dtype)
-        x.replace_all_uses_with(kept, delete_user_cb=lambda user: user in readers.others)
+        x.replace_all_uses_with(kept, delete_user_cb=lambda user: user in readers.others + readers.later)
     fused: fx.Node = arguments(bits)[0]
     return fused
 

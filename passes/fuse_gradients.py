@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..kernels.program import FULL
 from .graph import Emitter, arguments, aten, is_backward, is_call, provenance, value
 from .local import live_nodes
 from .region import Region, are_readable, is_supported
@@ -23,6 +24,9 @@ from .region import Region, are_readable, is_supported
 fqt = torch.ops.fqt
 READERS = frozenset(
     {
+        fqt.row_importance.default,
+        fqt.prune_rows.default,
+        fqt.keep_rows.default,
         fqt.quantize_rows.default,
         fqt.quantize_channels.default,
         fqt.gradient_moments.default,
@@ -64,15 +68,17 @@ class _GradientRegion(Region):
 
         absorbed, sources = self.absorb(x, is_in_memory)
         self.sources = sources
-        if len(sources) > MAX_FULL_OPERANDS or len(absorbed) > MAX_STATEMENTS or not are_readable(sources):
+        if len(sources) > MAX_FULL_OPERANDS or len(absorbed) > MAX_STATEMENTS or not are_readable(sources, bits=True):
             return
         self.emit(absorbed, sources)
-        if self.statements and self.argument(x) != self.statements[-1].name:
+        is_said = bool(self.statements) and self.argument(x) == self.statements[-1].name
+        if not is_said or all(kind != FULL for _, kind in self.operands):
             self.statements.clear()  # not all of x can be said: nothing is fused
 
     def is_beside_packed(self) -> bool:
-        """Does a packed operation read a float tensor of the region too? Then it is in NHWC memory already."""
-        return any(user.target in READERS for source in self.sources for user in source.users)
+        """Does a packed operation make or read a tensor of the region? Then it is in NHWC memory already."""
+        made = any(getattr(source.target, "namespace", None) == "fqt" for source in self.sources)
+        return made or any(user.target in READERS for source in self.sources for user in source.users)
 
 
 def is_convolution_gradient(user: fx.Node, x: fx.Node) -> bool:

@@ -201,7 +201,7 @@ def test_operands_are_packed_once():
 
 def test_inference_graphs_are_rewritten_and_hold_nothing_for_a_backward(monkeypatch):
     texts = []
-    monkeypatch.setattr("fqt_compile.backend.warn_about", lambda state: texts.append(pipeline.describe(state.graph)))
+    monkeypatch.setattr("fqt_compile.backend.notices", lambda state: texts.append(pipeline.describe(state.graph)) or [])
     model, (x, _) = SmallNet().eval(), small_batch()
     with torch.no_grad():
         torch.compile(model, backend="fqt1bit", options={"lowering": "eager"})(x)
