@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,105 +32,24 @@ if "--rehearse" in sys.argv:
 import torch
 import torchvision
 import triton
+from gpu_operations import LAYERS, TINY_LAYERS, Layer, operation_calls
 from torch import Tensor, nn
 
 from fqt_compile.kernels import gpu, gpu_launch, reference_ops
-from fqt_compile.kernels.ops import output_size
 
 REFERENCE = reference_ops.OPERATIONS
-PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
+PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product", "grad_weight")
 CORRECTNESS_SHARE = 0.35
 """Of the budget; the rest is for timing."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    name: str
-    batch: int
-    channels: int
-    out_channels: int
-    size: tuple[int, ...] = ()
-    kernel: int = 3
-    stride: int = 1
-
-    @property
-    def geometry(self) -> tuple[list[int], list[int], list[int]]:
-        """Kernel, stride and padding per spatial axis."""
-        spatial = len(self.size)
-        return [self.kernel] * spatial, [self.stride] * spatial, [self.kernel // 2] * spatial
-
-
-LAYERS = (
-    Layer("VGG-16 conv2_2", 16, 128, 128, (112, 112)),
-    Layer("ResNet-18 layer1", 32, 64, 64, (56, 56)),
-    Layer("ResNet-18 layer3 stride 2", 64, 128, 256, (28, 28), stride=2),
-    Layer("VGG-16 conv5_1", 64, 512, 512, (14, 14)),
-    Layer("odd sizes", 37, 130, 77, (29, 31)),
-    Layer("VGG-16 fc2", 256, 4096, 4096),
-    Layer("ViT-B/16 mlp", 32 * 197, 768, 3072),
-)
-TINY_LAYERS = (Layer("tiny convolution", 3, 40, 20, (5, 4), stride=2), Layer("tiny linear", 9, 70, 33))
 
 
 # -- 1. correctness ------------------------------------------------------------------------------------------
 
 
-def operation_calls(layer: Layer, bits: int = 4) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Operations with the operands of one training step of a layer, made by the reference on the CPU."""
-    kernel, stride, padding = layer.geometry
-    random = torch.Generator().manual_seed(1)
-    x = torch.randn(layer.batch, layer.channels, *layer.size, generator=random)
-    weight = torch.randn(layer.out_channels, layer.channels, *kernel, generator=random)
-    out_size = output_size(layer.size, kernel, stride, padding)
-    g = torch.randn(layer.batch, layer.out_channels, *map(int, out_size), generator=random)
-    seed = torch.tensor(987654321)
-    yield "check_finite", (x, layer.name)
-    yield "activation_threshold", (x,)
-    yield "activation_threshold", (x.bfloat16(),)
-    threshold = REFERENCE["activation_threshold"](x)
-    for t in (None, threshold):
-        yield "pack_activation", (x, t)
-    x_bits, mask = REFERENCE["pack_activation"](x, threshold)
-    yield "unpack_activation", (x_bits, layer.channels, "sign")
-    yield "apply_mask", (x, mask)
-    for mode in ("xnor", "none"):
-        yield "quantize_weight", (weight, mode)
-    w_bits, scale = REFERENCE["quantize_weight"](weight, "xnor")
-    channels = (layer.channels, layer.out_channels)
-    yield "transpose_weight", (w_bits, *channels)
-    w_bits_t = REFERENCE["transpose_weight"](w_bits, *channels)
-    yield "unpack_weight", (w_bits, scale, layer.channels)
-    for mode in ("xnor", "none"):
-        yield "weight_gradient", (weight * 0.1, weight, scale, mode)
-    for code in ("sign", "threshold"):
-        yield "output_product", (x_bits, w_bits, *channels, code, stride, padding)
-    for kind in ("norm", "range", "uniform"):
-        yield "row_importance", (g, kind)
-    importance = REFERENCE["row_importance"](g, "norm")
-    for prune in ("systematic", "bernoulli", "topk"):
-        yield "select", (importance, seed, 3, prune, 1, 4)
-    rows, row_scale = REFERENCE["select"](importance, seed, 3, "systematic", 1, 4)
-    for kind in ("norm", "range"):
-        yield "channel_importance", (g, rows, row_scale, kind)
-    yield "prune_rows", (g, rows, row_scale)
-    yield "gather_rows", (x, rows)
-    kept = REFERENCE["gather_rows"](x, rows)
-    yield "scatter_rows", (kept, rows, layer.batch)
-    by_row = (g, scale, rows, row_scale, seed, 5, bits)
-    by_channel = (g, rows, row_scale, None, None, seed, 6, bits)
-    yield "quantize_rows", by_row
-    yield "quantize_channels", by_channel
-    planes, s, z = REFERENCE["quantize_rows"](*by_row)
-    yield "dequantize_rows", (planes, s, z, rows, layer.out_channels, layer.batch)
-    yield "grad_input_product", (planes, w_bits_t, *channels, list(layer.size), stride, padding)
-    acc = REFERENCE["grad_input_product"](planes, w_bits_t, *channels, list(layer.size), stride, padding)
-    yield "dequantize_grad_input", (*acc, s, z, rows, mask)
-    lanes, s, z = REFERENCE["quantize_channels"](*by_channel)
-    for code in ("sign", "threshold"):
-        sizes = (list(map(int, out_size)), kernel, stride, padding)
-        product = (lanes, x_bits, rows, *channels, code, *sizes)
-        yield "grad_weight_product", product
-    yield "dequantize_grad_weight", (*REFERENCE["grad_weight_product"](*product), s, z, None, layer.out_channels)
+def moved_to(device: torch.device, argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [moved_to(device, item) for item in argument]
+    return argument.to(device) if isinstance(argument, Tensor) else argument
 
 
 def same(actual: Any, wanted: Any) -> bool:
@@ -152,7 +71,7 @@ def check_kernels(device: torch.device, layers: tuple[Layer, ...], deadline: flo
             continue
         for name, arguments in operation_calls(layer):
             wanted = REFERENCE[name](*arguments)
-            moved = tuple(a.to(device) if isinstance(a, Tensor) else a for a in arguments)
+            moved = tuple(moved_to(device, argument) for argument in arguments)
             for strategy in ("popcount", "tensor-core") if name in PRODUCTS else ("auto",):
                 with gpu.force_strategy(strategy), gpu_launch.recording() as launches:
                     equal = same(gpu.OPERATIONS[name](*moved), wanted)

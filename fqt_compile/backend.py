@@ -27,7 +27,7 @@ from .kernels.gpu_launch import require_triton
 from .kernels.memory import keep_freed_memory
 from .kernels.reference_ops import OPERATIONS
 from .notices import announce, graph_key, notices, recall, remember
-from .passes.pipeline import PIPELINE, UNOPTIMIZED, Pass, State, fuel_from_environment, run_pipeline
+from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline
 
 SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*", "kernels/templates/triton/*")
 
@@ -53,22 +53,20 @@ class FQTPass(CustomGraphPass):
         names: Sequence[str | None],
         on_state: Callable[[State], None] | None = None,
         observe: Callable[[str, str], None] | None = None,
-        steps: Sequence[Pass] | None = None,
     ) -> None:
         self.config, self.names, self.on_state, self.observe = config, tuple(names), on_state, observe
-        self.steps = steps
         self.messages: list[str] | None = None
         """What was said about the graph; None before the pass has run."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        state = run_pipeline(graph, self.config, self.names, self.observe, self.steps)
+        state = run_pipeline(graph, self.config, self.names, self.observe)
         self.messages = notices(state)
         announce(self.messages)
         if self.on_state is not None:
             self.on_state(state)
 
     def uuid(self) -> Any:
-        steps = [step.name for step in self.steps or PIPELINE]
+        steps = [step.name for step in PIPELINE]
         return source_hash(), self.config.canonical(), repr(self.names), fuel_from_environment(), repr(steps)
 
 
@@ -89,8 +87,7 @@ def fqt1bit(
         raise ConfigError(f"mode: got {mode!r}; accepted: none, the fqt1bit backend takes options={{...}} instead")
     if unknown.pop("dynamic", None) is not None or unknown:
         raise ConfigError(f"unknown backend arguments {sorted(unknown)}; accepted: options")
-    on_gpu = config.lowering == "triton" or "cuda" in device_types(example_inputs)
-    joint_pass = FQTPass(config, parameter_names(gm, example_inputs), steps=UNOPTIMIZED if on_gpu else None)
+    joint_pass = FQTPass(config, parameter_names(gm, example_inputs))
     if config.lowering == "eager":
         return compile_interpreted(gm, example_inputs, joint_pass, ReferenceInterpreter)
     if config.lowering == "triton":

@@ -98,7 +98,8 @@ def scatter_rows(kept: Tensor, rows: Tensor, size: int) -> Tensor:
 # -- quantizing ----------------------------------------------------------------------------------------------
 
 
-def _extremes(name: str, extremes: Tensor | None, groups: int) -> Tensor | None:
+def known_extremes(name: str, extremes: Tensor | None, groups: int) -> Tensor | None:
+    """float32 ``[2, groups]``, if known; raises unless that is the shape."""
     if extremes is not None and extremes.shape != (2, groups):
         raise UnsupportedInputError(f"{name}: got extremes of shape {tuple(extremes.shape)}; accepted: (2, {groups})")
     return vector(extremes)
@@ -123,7 +124,7 @@ def quantize_rows(
     kept = (vector(weight_scale), indices(rows), count, vector(row_scale))
     keys = _keys(seed, stream)
     sizes = (samples, inner, channels, compact)
-    known = _extremes("quantize_rows", extremes, samples)
+    known = known_extremes("quantize_rows", extremes, samples)
     call("quantize", "quantize_rows", nhwc(g), *sizes, *kept, *keys, bits, known, planes, scale, zero)
     return planes, scale, zero
 
@@ -149,7 +150,7 @@ def quantize_channels(
     chosen = (None if channels is None else indices(channels), width, vector(channel_scale))
     keys = _keys(seed, stream)
     sizes = (*_sizes(g), compact)
-    known = _extremes("quantize_channels", extremes, g.shape[1])
+    known = known_extremes("quantize_channels", extremes, g.shape[1])
     call("quantize", "quantize_channels", nhwc(g), *sizes, *kept, *chosen, *keys, bits, known, lanes, scale, zero)
     return lanes, scale, zero
 

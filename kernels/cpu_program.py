@@ -56,8 +56,8 @@ class _Operand:
     type: str
 
 
-def _prepare(name: str, operands: Sequence[Tensor], text: str) -> tuple[list[Tensor], codegen.Parameters, list[int]]:
-    """Operands in the memory that the kernel reads, its parameters, and the shape of the full operands."""
+def operand_memory(name: str, operands: Sequence[Tensor], text: str) -> tuple[list[Tensor], list[int]]:
+    """Operands in the memory that a kernel reads, and the shape of the full ones; raises unless the others fit it."""
     kinds = program.parse(text).operands
     shape = list(operands[kinds.index(program.FULL)].shape)
     n, channels, *spatial = shape
@@ -71,8 +71,7 @@ def _prepare(name: str, operands: Sequence[Tensor], text: str) -> tuple[list[Ten
             raise UnsupportedInputError(
                 f"{name}: got a {kind} operand of shape {tuple(operand.shape)}; accepted: {tuple(accepted[kind])}"
             )
-    memory = [_memory(operand, kind) for operand, kind in zip(operands, kinds, strict=True)]
-    return memory, parameters_for(text, [o.dtype for o in memory]), shape
+    return [_memory(operand, kind) for operand, kind in zip(operands, kinds, strict=True)], shape
 
 
 def _memory(operand: Tensor, kind: str) -> Tensor:
@@ -90,7 +89,8 @@ def fused_activation(
     keep_below: bool,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    memory, parameters, (n, channels, *spatial) = _prepare("fused_activation", operands, text)
+    memory, (n, channels, *spatial) = operand_memory("fused_activation", operands, text)
+    parameters = parameters_for(text, [o.dtype for o in memory])
     kernel, stride, padding = (list(window[i : i + 2]) for i in (0, 2, 4))
     size = [*map(int, output_size(spatial, kernel, stride, padding))] if window else spatial
     like = memory[0]
@@ -124,7 +124,8 @@ def fused_activation(
 def fused_gradient(
     operands: Sequence[Tensor], text: str, measure: bool, weight_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    memory, parameters, shape = _prepare("fused_gradient", operands, text)
+    memory, shape = operand_memory("fused_gradient", operands, text)
+    parameters = parameters_for(text, [o.dtype for o in memory])
     like, (n, channels, *_) = memory[0], shape
     values = empty_nhwc(like, shape, torch.float32)
     rows, columns = (like.new_empty([2, size] if measure else [0], dtype=torch.float32) for size in (n, channels))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import gpu_backward, gpu_forward, gpu_products, reference_ops
+from . import gpu_backward, gpu_float, gpu_forward, gpu_products, gpu_program, gpu_select, reference_ops
 from .gpu_strategy import force_strategy
 
 __all__ = ["OPERATIONS", "force_strategy"]
@@ -26,14 +26,26 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     gpu_forward.unpack_weight,
     gpu_forward.weight_gradient,
     gpu_forward.prune_rows,
+    gpu_forward.keep_rows,
+    gpu_forward.gather_words,
     gpu_forward.gather_rows,
     gpu_forward.scatter_rows,
+    gpu_program.fused_activation,
+    gpu_program.fused_gradient,
+    gpu_float.pack_bool,
+    gpu_float.unpack_bool,
+    gpu_float.channel_moments,
+    gpu_float.gradient_moments,
+    gpu_float.float_moments,
+    gpu_float.float_gradient_moments,
+    gpu_float.max_pool_gradient,
     gpu_products.output_product,
     gpu_products.grad_input_product,
     gpu_products.grad_weight_product,
+    gpu_products.grad_weight,
     gpu_backward.row_importance,
     gpu_backward.channel_importance,
-    gpu_backward.select,
+    gpu_select.select,
     gpu_backward.quantize_rows,
     gpu_backward.quantize_channels,
     gpu_backward.dequantize_rows,

@@ -1,8 +1,4 @@
-"""Triton operations on gradients: importance, quantizing, dequantizing. Definitions: `reference_ops`.
-
-`select` runs on the host: it waits for the importances (one float32 per row), chooses with `selection` itself and
-copies the rows back. With ``scope="step"`` that is one wait per step.
-"""
+"""Triton operations on gradients: importance, quantizing, dequantizing. Definitions: `reference_ops`."""
 
 from __future__ import annotations
 
@@ -11,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from . import native, reference_ops
-from .cpu_backward import KINDS
+from . import native
+from .cpu_backward import KINDS, known_extremes
 from .gpu_codegen import Spec, spec
 from .gpu_forward import BLOCK, PIXELS
 from .gpu_launch import launch, next_power_of_2, offset_type, values
-from .native import choice, indices, inner_size, nhwc_memory, vector
+from .native import INT32_LIMIT, choice, indices, inner_size, nhwc_memory, vector
 from .ops import empty_nhwc
 from .packing import LANE_TILE, WORD, ceil_div
 
@@ -25,8 +21,6 @@ MAX_PIECES = 64
 GROUPS = 16
 POSITIONS = 64
 CHANNELS = 32
-
-select = reference_ops.select
 
 
 def _group_spec(g: Tensor, groups: int) -> Spec:
@@ -40,28 +34,33 @@ def _pieces(size: int, block: int) -> tuple[int, int]:
     return ceil_div(size, piece), piece
 
 
-def _row_extremes(g: Tensor, factor: Tensor | None, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _samples(g: Tensor, compact: bool) -> int:
+    """Row numbers below this are used: any, where g holds the kept rows only."""
+    return INT32_LIMIT if compact else g.shape[0]
+
+
+def _row_extremes(g: Tensor, factor: Tensor | None, rows: Tensor, compact: bool = False) -> tuple[Tensor, Tensor]:
     size = math.prod(g.shape[1:])
     pieces, piece = _pieces(size, BLOCK)
     low, high = (g.new_empty(rows.shape[0], pieces, dtype=torch.float32) for _ in range(2))
     operands = (values(g), vector(factor), rows, low, high)
-    sizes = (g.shape[0], size, g.shape[1], pieces, piece)
-    grid = (rows.shape[0], pieces)
+    sizes = (_samples(g, compact), size, g.shape[1], pieces, piece)
+    grid, flags = (rows.shape[0], pieces), {"SCALED": factor is not None, "COMPACT": compact}
     made = _group_spec(g, rows.shape[0])
-    launch(made, "row_extremes", grid, *operands, *sizes, SCALED=factor is not None, BLOCK=BLOCK)
+    launch(made, "row_extremes", grid, *operands, *sizes, **flags, BLOCK=BLOCK)
     return low, high
 
 
 def _channel_extremes(
-    g: Tensor, rows: Tensor, row_scale: Tensor | None, chosen: Tensor | None
+    g: Tensor, rows: Tensor, row_scale: Tensor | None, chosen: Tensor | None, compact: bool = False
 ) -> tuple[Tensor, Tensor]:
     width = g.shape[1] if chosen is None else chosen.shape[0]
     pieces, piece = _pieces(rows.shape[0] * inner_size(g), POSITIONS)
     low, high = (g.new_empty(width, pieces, dtype=torch.float32) for _ in range(2))
     operands = (values(g), rows, vector(row_scale), chosen, low, high)
-    sizes = (g.shape[0], rows.shape[0], inner_size(g), g.shape[1], width, pieces, piece)
+    sizes = (_samples(g, compact), rows.shape[0], inner_size(g), g.shape[1], width, pieces, piece)
     grid = (ceil_div(width, CHANNELS), pieces)
-    flags = {"SCALED": row_scale is not None, "SUBSET": chosen is not None}
+    flags = {"SCALED": row_scale is not None, "SUBSET": chosen is not None, "COMPACT": compact}
     made = _group_spec(g, width)
     launch(made, "channel_extremes", grid, *operands, *sizes, **flags, POSITIONS=POSITIONS, CHANNELS=CHANNELS)
     return low, high
@@ -106,6 +105,14 @@ def channel_importance(g: Tensor, rows: Tensor, row_scale: Tensor | None, kind: 
     return importance
 
 
+def _picked(known: Tensor, index: Tensor | None, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Known extremes ``[2, N]`` of the groups, by index if there is one; inf and -inf where a group is unused (-1)."""
+    low, high = known if index is None else known[:, index.clamp(min=0).long()]
+    if groups is not None:
+        low, high = torch.where(groups >= 0, low, math.inf), torch.where(groups >= 0, high, -math.inf)
+    return low.contiguous()[:, None], high.contiguous()[:, None]
+
+
 # -- quantizing ----------------------------------------------------------------------------------------------
 
 
@@ -131,17 +138,24 @@ def quantize_rows(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_rows", bits)
     count, channels, inner = rows.shape[0], g.shape[1], inner_size(g)
     words, kept, factor = ceil_div(channels, WORD), indices(rows), vector(weight_scale)
-    zero, inverse, *folded = _groups(g, *_row_extremes(g, factor, kept), row_scale, bits)
+    known = known_extremes("quantize_rows", extremes, g.shape[0])
+    if known is None or not known.numel():
+        low, high = _row_extremes(g, factor, kept, compact)
+    else:
+        low, high = _picked(known, None if compact else kept, kept)
+    zero, inverse, *folded = _groups(g, low, high, row_scale, bits)
     planes = g.new_empty([bits, count, *g.shape[2:], words], dtype=torch.int64)
     made = spec("quantize", bits=bits, offset=offset_type(g.numel(), planes.numel()))
     operands = (values(g), factor, kept, zero, inverse, seed, stream, planes)
-    sizes = (g.shape[0], count, inner, channels, words)
-    grid, scaled = (ceil_div(count * inner, PIXELS), words), factor is not None
-    launch(made, "quantize_rows", grid, *operands, *sizes, SCALED=scaled, PIXELS=PIXELS)
+    sizes = (_samples(g, compact), count, inner, channels, words)
+    grid, flags = (ceil_div(count * inner, PIXELS), words), {"SCALED": factor is not None, "COMPACT": compact}
+    launch(made, "quantize_rows", grid, *operands, *sizes, **flags, PIXELS=PIXELS)
     return planes, folded[0], folded[1]
 
 
@@ -154,18 +168,25 @@ def quantize_channels(
     seed: Tensor,
     stream: int,
     bits: int,
+    compact: bool = False,
+    extremes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_channels", bits)
     count, inner, kept = rows.shape[0], inner_size(g), indices(rows)
     chosen = None if channels is None else indices(channels)
     width = g.shape[1] if chosen is None else chosen.shape[0]
     words, tiles, factor = ceil_div(count * inner, WORD), ceil_div(width, LANE_TILE), vector(row_scale)
-    zero, inverse, *folded = _groups(g, *_channel_extremes(g, kept, factor, chosen), channel_scale, bits)
+    known = known_extremes("quantize_channels", extremes, g.shape[1])
+    if known is None or not known.numel():
+        low, high = _channel_extremes(g, kept, factor, chosen, compact)
+    else:
+        low, high = _picked(known, chosen, chosen)
+    zero, inverse, *folded = _groups(g, low, high, channel_scale, bits)
     lanes = g.new_empty([bits, tiles, words, LANE_TILE], dtype=torch.int64)
     made = spec("quantize", bits=bits, offset=offset_type(g.numel(), lanes.numel()))
     operands = (values(g), kept, factor, chosen, zero, inverse, seed, stream, lanes)
-    sizes = (g.shape[0], count, inner, g.shape[1], width, words)
-    flags = {"SCALED": factor is not None, "SUBSET": chosen is not None}
+    sizes = (_samples(g, compact), count, inner, g.shape[1], width, words)
+    flags = {"SCALED": factor is not None, "SUBSET": chosen is not None, "COMPACT": compact}
     grid = (words, ceil_div(tiles * LANE_TILE, CHANNELS))
     launch(made, "quantize_channels", grid, *operands, *sizes, **flags, CHANNELS=CHANNELS)
     return lanes, folded[0], folded[1]
@@ -189,16 +210,23 @@ def dequantize_rows(
 
 
 def dequantize_grad_input(
-    acc: Tensor, weight_sum: Tensor, scale: Tensor, zero_point: Tensor, rows: Tensor, mask: Tensor
+    acc: Tensor,
+    weight_sum: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    compact: bool = False,
 ) -> Tensor:
     samples, channels, count, inner = mask.shape[0], acc.shape[1], acc.shape[0], inner_size(acc)
     keep = native.words("mask", mask, channels, [samples, *acc.shape[2:]])
-    out = empty_nhwc(scale, [samples, *acc.shape[1:]], torch.float32).zero_()
-    made = spec("dequantize", offset=offset_type(out.numel(), acc.numel()))
+    out = empty_nhwc(scale, [count if compact else samples, *acc.shape[1:]], torch.float32)
+    out = out if compact else out.zero_()
+    made = spec("dequantize", offset=offset_type(out.numel(), acc.numel(), keep.numel()))
     operands = (nhwc_memory(acc), nhwc_memory(weight_sum), vector(scale), vector(zero_point), indices(rows), keep, out)
     sizes = (samples, count, inner, channels, keep.shape[-1])
     grid = (ceil_div(count * inner, PIXELS), keep.shape[-1])
-    launch(made, "dequantize_grad_input", grid, *operands, *sizes, PIXELS=PIXELS)
+    launch(made, "dequantize_grad_input", grid, *operands, *sizes, COMPACT=compact, PIXELS=PIXELS)
     return out
 
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import TritonMissingError
-from . import codegen
+from . import codegen, program
 
 TEMPLATES = codegen.TEMPLATES / "triton"
 INTERPRET = "TRITON_INTERPRET"
@@ -46,6 +46,8 @@ def render(wanted: Spec) -> str:
     """The Python source of a spec; self-contained."""
     text = ", ".join(f"{key}={value}" for key, value in wanted.options if key != "tiles") or "no options"
     values = {**codegen.PARAMETERS, **dict(wanted.options), "template": wanted.template, "options": text}
+    if wanted.template in codegen.PROGRAM_TEMPLATES:
+        values |= program.triton_parameters(values["program"])
     return codegen.environment(TEMPLATES).get_template(f"{wanted.template}.py.jinja").render(values)
 
 

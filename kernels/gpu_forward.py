@@ -148,13 +148,38 @@ def unpack_weight(w_bits: Tensor, weight_scale: Tensor, in_channels: int) -> Ten
 
 
 def weight_gradient(grad_hat: Tensor, weight: Tensor, weight_scale: Tensor, mode: str) -> Tensor:
+    return _weight_gradient((values(grad_hat), None, None, None), weight, weight_scale, mode)
+
+
+def weight_gradient_of_product(
+    acc: Tensor,
+    code_sum: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    mode: str,
+) -> Tensor:
+    """`weight_gradient` of ``dequantize_grad_weight`` of all channels, which is not written."""
+    integers = (nhwc_memory(acc), nhwc_memory(code_sum))
+    return _weight_gradient((*integers, vector(scale), vector(zero_point)), weight, weight_scale, mode)
+
+
+def _weight_gradient(
+    grad_hat: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    weight: Tensor,
+    weight_scale: Tensor,
+    mode: str,
+) -> Tensor:
+    """grad_hat: float32, or the integer product and code sum with scale and zero point."""
     choice("mode", mode, MODES)
     grad = torch.empty_like(weight, dtype=torch.float32)
     out_channels, channels, taps, width = _weight_sizes(weight)
     made = spec("weight", mode=mode, offset=offset_type(_extent(weight), _extent(grad)))
-    operands = (values(grad_hat), weight, vector(weight_scale), grad)
+    operands = (*grad_hat, weight, vector(weight_scale), grad)
     sizes, places = (out_channels, channels, channels * taps), (*_strides(weight), *_strides(grad), width)
-    launch(made, "weight_gradient", [ceil_div(out_channels, ROWS)], *operands, *sizes, *places, ROWS=ROWS)
+    flags = {"PRODUCT": grad_hat[1] is not None, "ROWS": ROWS}
+    launch(made, "weight_gradient", [ceil_div(out_channels, ROWS)], *operands, *sizes, *places, **flags)
     return grad
 
 
@@ -170,6 +195,15 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     memory = as_integers(nhwc_memory(x)), indices(rows), as_integers(packing.channels_last(out))
     grid = (rows.shape[0], ceil_div(size, BLOCK))
     launch(_row_spec(x, out), "gather_rows", grid, *memory, x.shape[0], size, BLOCK=BLOCK)
+    return out
+
+
+def gather_words(words: Tensor, rows: Tensor) -> Tensor:
+    memory, size = words.contiguous(), math.prod(words.shape[1:])
+    out = words.new_empty([rows.shape[0], *words.shape[1:]])
+    grid = (rows.shape[0], ceil_div(size, BLOCK))
+    operands = (memory, indices(rows), out)
+    launch(_row_spec(memory, out), "gather_rows", grid, *operands, words.shape[0], size, BLOCK=BLOCK)
     return out
 
 
@@ -190,3 +224,11 @@ def prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
     sizes, grid = (g.shape[0], size), (rows.shape[0], ceil_div(size, BLOCK))
     launch(_row_spec(g), "prune_rows", grid, memory, indices(rows), vector(row_scale), out, *sizes, BLOCK=BLOCK)
     return pruned if in_order else pruned.copy_(packing.channels_second(out))
+
+
+def keep_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
+    out, size = empty_nhwc(g, [rows.shape[0], *g.shape[1:]], g.dtype), math.prod(g.shape[1:])
+    operands = (values(g), indices(rows), vector(row_scale), packing.channels_last(out))
+    grid = (rows.shape[0], ceil_div(size, BLOCK))
+    launch(_row_spec(g, out), "keep_rows", grid, *operands, g.shape[0], size, BLOCK=BLOCK)
+    return out

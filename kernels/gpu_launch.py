@@ -28,6 +28,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
+    torch.int8: "i8",
 }
 
 
@@ -139,8 +140,8 @@ def values(x: Tensor) -> Tensor:
 
 
 def as_integers(x: Tensor) -> Tensor:
-    """The bits of a contiguous tensor of any type of 2, 4 or 8 bytes."""
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    """The bits of a contiguous tensor of any type of 1, 2, 4 or 8 bytes."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
 def next_power_of_2(value: int) -> int:

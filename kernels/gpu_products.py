@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import gpu_strategy, native
+from . import gpu_strategy, native, packing
 from .cpu_backward import require_lanes
 from .cpu_forward import CODES
 from .gpu_codegen import Spec, spec
+from .gpu_forward import weight_gradient_of_product
 from .gpu_launch import launch, offset_type
 from .gpu_strategy import TILES, Tile
 from .native import choice, indices, pair, vector
@@ -50,6 +51,8 @@ def _conv_product(
     strategy, tile = gpu_strategy.choose("conv_product", pixels, channels, planes)
     plain = math.prod(kernel) == 1 and all(s == 1 for s in stride) and not any(padding)
     epilogue = "none" if scale is None else "scale" if bias is None else "scale+bias"
+    if acc.dtype == torch.int16:
+        epilogue = "int16"
     made, constants = _product_spec(
         "conv_product",
         strategy,
@@ -81,8 +84,9 @@ def output_product(
     code: str,
     stride: Sequence[int],
     padding: Sequence[int],
+    narrow: bool = False,
 ) -> Tensor:
-    return scaled_output(x_bits, w_bits, in_channels, out_channels, code, stride, padding, None, None)
+    return scaled_output(x_bits, w_bits, in_channels, out_channels, code, stride, padding, None, None, narrow)
 
 
 def scaled_output(
@@ -95,6 +99,7 @@ def scaled_output(
     padding: Sequence[int],
     weight_scale: Tensor | None,
     bias: Tensor | None,
+    narrow: bool = False,
 ) -> Tensor:
     """`output_product`, and with ``weight_scale`` its `reference.dequantize_output` in the same kernel (float32)."""
     choice("code", code, CODES)
@@ -104,7 +109,9 @@ def scaled_output(
     kernel = w.shape[1:-2]
     native.require_int32("output_product", 1, in_channels * math.prod(kernel))
     size = output_size(spatial, kernel, stride, padding)
-    dtype = torch.int32 if weight_scale is None else torch.float32
+    dtype = torch.float32
+    if weight_scale is None:
+        dtype = packing.output_dtype(in_channels * math.prod(kernel), narrow)
     acc = empty_nhwc(x, [n, out_channels, *map(int, size)], dtype)
     _conv_product(
         x,
@@ -203,3 +210,24 @@ def grad_weight_product(
     kernel_only = {key: shape[key] for key in ("KERNEL_H", "KERNEL_W")}
     launch(made, "grad_weight_product", grid, g, x_t, inside_t, acc, *sizes, **constants, **kernel_only)
     return acc, code_sum
+
+
+def grad_weight(
+    lanes: Tensor,
+    x_bits: Tensor,
+    rows: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    mode: str,
+    code: str,
+    output_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """The product, whose parts of the positions are added up in memory, and one kernel for all that follows it."""
+    out_channels, in_channels, *kernel = weight.shape
+    sizes = (output_size, kernel, stride, padding)
+    integers = grad_weight_product(lanes, x_bits, rows, in_channels, out_channels, code, *sizes)
+    return weight_gradient_of_product(*integers, scale, zero_point, weight, weight_scale, mode)

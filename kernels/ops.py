@@ -74,16 +74,6 @@ SCHEMAS = {
     "weight_gradient": "(Tensor grad_hat, Tensor weight, Tensor weight_scale, str mode) -> Tensor",
 }
 
-CPU_ONLY = frozenset(
-    {
-        *("fused_activation", "channel_moments", "gradient_moments", "pack_bool", "unpack_bool", "max_pool_gradient"),
-        *("keep_rows", "gather_words", "grad_weight", "fused_gradient"),
-        *("float_moments", "float_gradient_moments"),
-    }
-)
-"""Operations that only the optimizing passes put into a graph; GPU kernels for them do not exist yet, and a graph on a
-GPU is rewritten without these passes (nor with the arguments ``compact`` and ``narrow``)."""
-
 _FAKES: dict[str, Callable[..., Any]] = {}
 Size = int | torch.SymInt
 
@@ -421,7 +411,7 @@ def _register() -> None:
         _LIBRARY.define(name + schema, tags=tags)
         torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=_LIBRARY)
         _LIBRARY.impl(name, _native(name, "cpu"), "BackendSelect" if name == "draw_seed" else "CPU")
-        if name != "draw_seed" and name not in CPU_ONLY:
+        if name != "draw_seed":
             _LIBRARY.impl(name, _native(name, "gpu"), "CUDA")  # of CUDA and ROCm
 
 

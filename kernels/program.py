@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -32,10 +33,12 @@ _STATEMENT = re.compile(r"(t\d+)=(\w+)\(([^()]*)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One kind of statement: its value in PyTorch (the definition) and as a C++ expression of its arguments."""
+    """One kind of statement: its value in PyTorch (the definition) and as an expression of its arguments in C++ and,
+    where that reads differently, in Triton."""
 
     reference: Callable[..., Tensor]
     cpp: str
+    triton: str = ""
     is_bool: bool = False
 
 
@@ -59,13 +62,17 @@ OPERATIONS: dict[str, Operation] = {
     "add": Operation(lambda a, b: a + b, "{0} + {1}"),
     "sub": Operation(lambda a, b: a - b, "{0} - {1}"),
     "mul": Operation(lambda a, b: a * b, "{0} * {1}"),
-    "div": Operation(lambda a, b: a / b, "{0} / {1}"),
+    "div": Operation(lambda a, b: a / b, "{0} / {1}", "tl.div_rn({0}, {1})"),
     "neg": Operation(lambda a: -a, "-{0}"),
-    "abs": Operation(lambda a: a.abs(), "std::fabs({0})"),
-    "relu": Operation(_relu, "{0} <= 0 ? 0.0f : {0}"),
-    "maximum": Operation(_larger, "({0} > {1}) | ({0} != {0}) ? {0} : {1}"),
-    "minimum": Operation(_smaller, "({0} < {1}) | ({0} != {0}) ? {0} : {1}"),
-    "where": Operation(_select, "{0} ? {1} : {2}"),
+    "abs": Operation(lambda a: a.abs(), "std::fabs({0})", "tl.abs({0})"),
+    "relu": Operation(_relu, "{0} <= 0 ? 0.0f : {0}", "tl.where({0} <= 0, 0.0, {0})"),
+    "maximum": Operation(
+        _larger, "({0} > {1}) | ({0} != {0}) ? {0} : {1}", "tl.where(({0} > {1}) | ({0} != {0}), {0}, {1})"
+    ),
+    "minimum": Operation(
+        _smaller, "({0} < {1}) | ({0} != {0}) ? {0} : {1}", "tl.where(({0} < {1}) | ({0} != {0}), {0}, {1})"
+    ),
+    "where": Operation(_select, "{0} ? {1} : {2}", "tl.where({0}, {1}, {2})"),
     "gt": Operation(lambda a, b: a > b, "{0} > {1}", is_bool=True),
     "ge": Operation(lambda a, b: a >= b, "{0} >= {1}", is_bool=True),
     "lt": Operation(lambda a, b: a < b, "{0} < {1}", is_bool=True),
@@ -180,6 +187,45 @@ def cpp_lines(statements: Sequence[Statement]) -> list[str]:
         kind = "bool" if operation.is_bool else "float"
         lines.append(f"const {kind} {statement.name} = {operation.cpp.format(*arguments)};")
     return lines
+
+
+def triton_parameters(text: str) -> dict[str, object]:
+    """What the Triton template of a program is rendered with: operands, statements and what they read.
+
+    Numbers are blocks of equal values: a constant would be folded by Triton's own rules.
+    """
+    program = parse(text)
+    before, after, pool = program.before_pool, program.after_pool, program.pool
+    first = pool.arguments[0] if pool else before[-1].name if before else "x0"
+    operands = [{"name": f"x{i}", "pointer": f"p{i}", "kind": kind} for i, kind in enumerate(program.operands)]
+    return {
+        "operands": operands,
+        "pointers": ", ".join(f"p{i}" for i in range(len(operands))),
+        "before": _triton_lines(before),
+        "before_reads": [first, *(a for statement in before for a in statement.arguments)],
+        "before_result": first,
+        "pooled": pool.name if pool else "",
+        "after": _triton_lines(after),
+        "after_reads": [a for statement in after for a in statement.arguments],
+        "after_result": after[-1].name if after else pool.name if pool else "",
+        "rounds": any(statement.operation == "bfloat16" for statement in program.statements),
+    }
+
+
+def _triton_lines(statements: Sequence[Statement]) -> list[str]:
+    lines = []
+    for statement in statements:
+        operation = OPERATIONS[statement.operation]
+        arguments = [_triton_number(a) if _is_number(a) else a for a in statement.arguments]
+        lines.append(f"{statement.name} = {(operation.triton or operation.cpp).format(*arguments)}")
+    return lines
+
+
+def _triton_number(text: str) -> str:
+    value = float(torch.tensor(float(text), dtype=torch.float32))
+    shown = repr(abs(value)) if math.isfinite(value) else f'float("{abs(value)}")'
+    sign = "-" if math.copysign(1, value) < 0 else ""  # outside: tl.full makes +0.0 of -0.0
+    return f"{sign}tl.full([ROWS, 64], {shown}, tl.float32)"
 
 
 def _cpp_number(text: str) -> str:

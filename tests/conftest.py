@@ -63,7 +63,7 @@ def step_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Name every GPU kernel, shape and architecture that was covered (tests/test_triton.py)."""
+    """Name every GPU kernel, shape and architecture that was covered (tests/test_triton*.py)."""
     reports = terminalreporter.getreports("passed")
     lines = [value for report in reports for key, value in report.user_properties if key == "triton coverage"]
     if lines:

@@ -344,16 +344,6 @@ def calls(layer: Layer) -> dict[str, list[Call]]:
     return {name: made for maker in makers for name, made in maker.items()}
 
 
-CPU_ARGUMENTS = {"output_product": 7, "quantize_rows": 7, "quantize_channels": 8, "dequantize_grad_input": 6}
-"""Where the argument stands that only the CPU's optimizing passes use (``narrow``, ``compact``)."""
-
-
-def device_calls(layer: Layer, operation: str) -> list[tuple[int, Call]]:
-    """Numbered argument lists that kernels of every device take."""
-    position = CPU_ARGUMENTS.get(operation, 99)
-    return [(i, a[:position]) for i, a in enumerate(calls(layer)[operation]) if not any(a[position:])]
-
-
 @functools.cache
 def expected(layer: Layer, operation: str) -> list[Any]:
     """Results of the reference for every argument list."""

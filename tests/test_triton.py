@@ -1,4 +1,4 @@
-"""The GPU path without a GPU: kernels in Triton's interpreter, compiled for three GPUs, and as snapshots.
+"""The GPU path without a GPU: kernels and whole models in Triton's interpreter, strategies and launches.
 
 What was covered is printed at the end of the test run (`conftest.pytest_terminal_summary`).
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,27 +17,30 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton_aot
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fqt_compile.errors import ConfigError, TritonMissingError
-from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_strategy, reference_ops
+from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_strategy, program, reference_ops
 from fqt_compile.kernels.gpu_codegen import spec
-from fqt_compile.kernels.ops import CPU_ONLY
 
 HERE = Path(__file__).parent
-GOLDEN = HERE / "golden"
-UPDATE_GOLDEN = "FQT_COMPILE_GOLDEN"
 GROUPS = {
     "activations": ["check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"],
+    "programs and statistics": [
+        *("fused_activation", "fused_gradient", "pack_bool", "unpack_bool", "max_pool_gradient"),
+        *("channel_moments", "gradient_moments", "float_moments", "float_gradient_moments"),
+    ],
     "weights": ["quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"],
-    "rows": ["row_importance", "channel_importance", "select", "prune_rows", "gather_rows", "scatter_rows"],
+    "rows": [
+        *("row_importance", "channel_importance", "select"),
+        *("prune_rows", "keep_rows", "gather_words", "gather_rows", "scatter_rows"),
+    ],
     "quantize": ["quantize_rows", "quantize_channels"],
     "dequantize": ["dequantize_rows", "dequantize_grad_input", "dequantize_grad_weight"],
     "forward products": ["output_product", "grad_input_product"],
-    "weight product": ["grad_weight_product"],
+    "weight product": ["grad_weight_product", "grad_weight"],
 }
-SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product")
+SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product", "programs and statistics", "rows")
 COVERED = "triton coverage"
 
 
@@ -52,13 +54,13 @@ def run_interpreted(*arguments: str, **environment: str) -> str:
 
 
 def test_every_reference_operation_has_a_gpu_kernel():
-    assert sorted(gpu.OPERATIONS) == sorted(set(reference_ops.OPERATIONS) - CPU_ONLY)
+    assert sorted(gpu.OPERATIONS) == sorted(reference_ops.OPERATIONS)
     assert sorted(name for group in GROUPS.values() for name in group) == sorted(set(gpu.OPERATIONS) - {"draw_seed"})
     for name in set(gpu.OPERATIONS) - {"draw_seed"}:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fqt::{name}", "CUDA"), name
 
 
-# -- (a) in the interpreter ----------------------------------------------------------------------------------
+# -- in the interpreter ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -74,13 +76,14 @@ def test_interpreter_equals_reference(group, record_property):
     for (operation, strategy), runs in by_operation.items():
         kernels = sorted({kernel for run in runs for kernel in run["kernels"]})
         shapes = " ".join(f"{run['layer']}:{run['calls']}" for run in runs)
-        record_property(COVERED, f"interpreter | {operation} ({strategy}) | {', '.join(kernels) or 'host'} | {shapes}")
+        record_property(COVERED, f"interpreter | {operation} ({strategy}) | {', '.join(kernels)} | {shapes}")
 
 
 @pytest.mark.slow
 def test_offsets_of_64_bits(record_property):
     """What tensors of more than 2**30 elements use."""
     operations = ["pack_activation", "quantize_weight", "quantize_rows", "output_product", "grad_weight_product"]
+    operations += ["fused_activation", "max_pool_gradient", "gradient_moments"]
     layers = ["linear-one-row", "3x3-odd-channels", "1x1-stride-2"]
     grid = [str(HERE / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
     lines = run_interpreted(*grid).splitlines()
@@ -95,16 +98,16 @@ def test_offset_type_leaves_room_for_the_last_block():
 
 SCALED_OUTPUT = """
 import torch
-from grid import LAYERS, device_calls
+from grid import LAYERS, calls
 from fqt_compile.kernels import gpu, gpu_products, reference, reference_ops
 for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3-odd-channels", "1-d")]:
-    _, product = device_calls(layer, "output_product")[0]
+    product = calls(layer)["output_product"][0]
     alpha, bias = torch.rand(layer.out_channels) + 0.1, torch.randn(layer.out_channels)
     acc = reference_ops.OPERATIONS["output_product"](*product)
     for strategy in ("popcount", "tensor-core"):
         for b in (None, bias, bias.bfloat16()):
             with gpu.force_strategy(strategy):
-                y = gpu_products.scaled_output(*product, alpha, b)
+                y = gpu_products.scaled_output(*product[:7], alpha, b)
             assert torch.equal(y, reference.dequantize_output(acc, alpha, b))
 """
 
@@ -115,42 +118,89 @@ def test_epilogue_of_the_output_product(record_property):
     record_property(COVERED, "interpreter | output_product with scale and bias (popcount, tensor-core) | 3 shapes")
 
 
-# -- (c) a whole model in the interpreter --------------------------------------------------------------------
-
-WHOLE_MODEL = """
+EVERY_STATEMENT = """
 import warnings
 import torch
-from conftest import SmallNet, small_batch, step_gradients
-from fqt_compile import FQTConfig, backend
-from fqt_compile.passes.pipeline import UNOPTIMIZED
-torch.set_num_threads(1)
-torch.manual_seed(0)
-model, (x, y) = SmallNet(norm=True), small_batch(4)
-for options in ({}, {"preset": "paper", "activation": "sign", "bits": 2}):
-    def oracle(gm, inputs):  # the graph that a GPU gets, with the reference
-        config = FQTConfig.from_options(options)
-        joint = backend.FQTPass(config, backend.parameter_names(gm, inputs), steps=UNOPTIMIZED)
-        return backend.compile_interpreted(gm, inputs, joint, backend.ReferenceInterpreter)
-
-    results = []
-    for run in (lambda gm, inputs: backend.fqt1bit(gm, inputs, options={**options, "lowering": "triton"}), oracle):
-        torch._dynamo.reset()
-        results.append(step_gradients(torch.compile(model, backend=run), x, y))
-    (loss, gradients), (wanted_loss, wanted) = results
-    assert loss == wanted_loss, (options, loss, wanted_loss)
-    for name, gradient in wanted.items():
-        assert torch.equal(gradients[name], gradient), (options, name)
-    print("equal", options, len(wanted))
+from test_kernels import assert_same
+from fqt_compile.kernels import gpu, program, reference_ops
+warnings.filterwarnings("ignore", message="fqt1bit: NaN or infinite")
+nan, inf = float("nan"), float("inf")
+special = torch.tensor([0.0, -0.0, nan, -nan, inf, -inf, 1e-40, -1e-40, 3e38, 1.0, -1.0, 0.1, 1 + 2**-9, 1 + 3 * 2**-9])
+a, b = special.repeat(len(special), 1), special.view(-1, 1).repeat(1, len(special))
+texts = {}
+for name, operation in program.OPERATIONS.items():
+    if name == "where":
+        texts[name] = "full,full|t0=ge(x0,x1)|t1=where(t0,x1,-0.0)"
+        continue
+    arguments = operation.triton.count("{1}") or operation.cpp.count("{1}")
+    statement = f"t0={name}(x0,x1)" if arguments else f"t0={name}(x0)"
+    kept = "|t1=where(t0,x0,x1)" if operation.is_bool else ""
+    texts[name] = f"full,full|{statement}{kept}"
+texts["numbers"] = "full|t0=mul(x0,0.1)|t1=maximum(t0,-inf)|t2=minimum(1e-40,t1)|t3=sub(-0.0,t2)"
+texts["nothing before the pool"] = "full|t0=pool(x0)"
+for name, text in texts.items():
+    pool = "pool" in text
+    operands = [x.view(1, 14, 7, 2) if pool else x for x in (a, b)][: text.split("|")[0].count("full")]
+    for code, below in (("sign", True), ("threshold", False))[: 1 + (name in ("numbers", "bfloat16"))]:
+        call = (operands, text, code, [2, 2, 1, 1, 1, 1] if pool else [], True, below)
+        made, wanted = (o["fused_activation"](*call) for o in (gpu.OPERATIONS, reference_ops.OPERATIONS))
+        assert_same(made, wanted, name)
+    print(name)
 """
 
 
 @pytest.mark.slow
+def test_every_statement_of_programs_on_special_values(record_property):
+    lines = run_interpreted("-c", EVERY_STATEMENT).splitlines()
+    assert set(lines) >= set(program.OPERATIONS)
+    record_property(COVERED, f"interpreter | statements of programs, zeros, NaN, infinities | {', '.join(lines)}")
+
+
+# -- whole models in the interpreter --------------------------------------------------------------------
+
+WHOLE_MODEL = """
+import json
+import torch
+from conftest import SmallNet, small_batch, step_gradients
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+from fqt_compile.kernels import gpu_launch
+torch.set_num_threads(1)
+torch.manual_seed(0)
+def block(width, channels):
+    return nn.Conv2d(width, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+pooled = nn.Sequential(*block(3, 32), nn.MaxPool2d(2), BasicBlock(32, 32), nn.MaxPool2d(3, 2, 1), *block(32, 64),
+                       nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+paper = {"preset": "paper", "activation": "sign", "bits": 2}
+for model, options in ((pooled, {}), (SmallNet(norm=True), paper)):
+    x, y = small_batch(4)
+    results = []
+    for lowering in ("eager", "triton"):
+        torch._dynamo.reset()
+        with gpu_launch.recording() as launches:
+            step = torch.compile(model, backend="fqt1bit", options={**options, "lowering": lowering})
+            results.append(step_gradients(step, x, y))
+    (wanted_loss, wanted), (loss, gradients) = results
+    assert loss == wanted_loss, (options, loss, wanted_loss)
+    for name, gradient in wanted.items():
+        assert torch.equal(gradients[name], gradient), (options, name)
+    print(json.dumps(sorted({launch.kernel for launch in launches})))
+"""
+OF_OPTIMIZED_GRAPHS = {
+    *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "product_sums", "gradient_moments_of_sums"),
+    *("program_values", "merge_extremes", "max_pool_taps", "max_pool_gradient", "keep_rows", "gather_rows"),
+    *("float_moments_of_sums", "walk", "unpack_bool"),
+}
+
+
+@pytest.mark.slow
 def test_whole_model_equals_the_oracle(record_property):
-    output = run_interpreted("-c", WHOLE_MODEL)
-    assert output.count("equal") == 2
-    record_property(
-        COVERED, "interpreter | whole model, forward and backward, two configurations | equals lowering=eager"
-    )
+    runs = [json.loads(line) for line in run_interpreted("-c", WHOLE_MODEL).splitlines()]
+    assert len(runs) == 2
+    used = {kernel for run in runs for kernel in run}
+    assert used >= OF_OPTIMIZED_GRAPHS
+    covered = f"equals lowering=eager | {', '.join(sorted(used))}"
+    record_property(COVERED, f"interpreter | whole models, forward and backward, two of them | {covered}")
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
@@ -176,128 +226,6 @@ except TritonMissingError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "pip install 'fqt-compile[gpu]'" in done.stdout, done.stderr
-
-
-# -- (b) compiled ahead of time ------------------------------------------------------------------------------
-
-COUNTS = {"sm_80": r"popc\.b64", "sm_90": r"popc\.b64", "gfx942": r"v_bcnt_u32_b32"}
-INT8_PRODUCTS = {
-    "sm_80": r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32",
-    "sm_90": r"wgmma\.mma_async\S*\.s32\.s8\.s8",
-    "gfx942": r"v_mfma_i32_\w*_i8",
-}
-# AMD's scalar registers hold comparisons of whole wavefronts and spill into lanes of vector registers, not to memory.
-NO_SPILLS = {
-    "sm_80": ("STACK", "LOCAL"),
-    "sm_90": ("STACK", "LOCAL"),
-    "gfx942": ("vgpr_spill_count", "private_segment_fixed_size"),
-}
-
-
-def assert_float_arithmetic_as_written(made: triton_aot.Compiled, target: str) -> None:
-    """No contraction, no flushed denormals, divisions and roots correctly rounded."""
-    assert not re.search(r"llvm\.fma|fmuladd|\bcontract\b|\bfast\b|\barcp\b", made.llvm)
-    if target == "gfx942":
-        assert re.search(r"float_denorm_mode_32 3", made.assembly)
-        return
-    assert not re.search(r"\bfma\.|\.ftz\b", made.assembly)
-    assert not re.search(r"\b(div|sqrt|rcp)\.(?!rn\.|s32|u32|s64|u64)", made.assembly)
-
-
-def assert_expected_instructions(launch: gpu_launch.Launch, made: triton_aot.Compiled, target: str) -> None:
-    strategy = dict(launch.spec.options).get("strategy")
-    counts, multiplies = re.search(COUNTS[target], made.assembly), re.search(INT8_PRODUCTS[target], made.assembly)
-    if launch.kernel == "transpose_taps" or strategy is None:
-        assert not multiplies
-    else:
-        assert bool(multiplies) == (strategy == "tensor-core")
-        assert bool(counts) == (strategy == "popcount")
-    if target != "gfx942":
-        needed = {"make_groups": "div.rn.f32", "row_norms": "sqrt.rn.f32", "mean_of_sums": "div.rn.f64"}
-        assert needed.get(launch.kernel, "") in made.assembly
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", triton_aot.TARGETS)
-def test_compiles_ahead_of_time(target, record_property):
-    launches = triton_aot.recorded()
-    assert {launch.spec.template for launch in launches} == {path.name.split(".")[0] for path in kernel_templates()}
-    for launch in launches:
-        made = triton_aot.compile_launch(launch, target)
-        where = f"{triton_aot.label(launch)} on {target}"
-        assert all(made.resources[name] == 0 for name in NO_SPILLS[target]), f"{where}: {made.resources}"
-        assert_float_arithmetic_as_written(made, target)
-        assert_expected_instructions(launch, made, target)
-    by_kernel = collections.defaultdict(list)
-    for launch in launches:
-        kernel, _, variant = triton_aot.label(launch).partition(" ")
-        by_kernel[kernel].append(variant or "-")
-    for kernel, variants in by_kernel.items():
-        record_property(COVERED, f"{target} | {kernel} | {'; '.join(variants)}")
-    record_property(COVERED, f"{target} | {len(launches)} kernels compiled, none spills")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["--plain", "--autotune"])
-def test_the_launcher_binds_every_kernel(option, record_property):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    env.pop(gpu_codegen.INTERPRET, None)
-    command = [sys.executable, str(HERE / "triton_bind.py"), option]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    bound = json.loads(done.stdout)
-    kernels = {"conv_product", "grad_weight_product", "transpose_taps"}
-    if option == "--plain":
-        kernels = {launch.kernel for launch in triton_aot.recorded()}
-    assert set(bound) == kernels
-    record_property(COVERED, f"sm_90, Triton's launcher, {option[2:]} | {sum(bound.values())} launches bound: {bound}")
-
-
-def kernel_templates() -> list[Path]:
-    """Templates that are files of their own, not parts of others."""
-    return [path for path in gpu_codegen.TEMPLATES.glob("*.jinja") if "head.py.jinja" in path.read_text()]
-
-
-# -- snapshots -----------------------------------------------------------------------------------------------
-
-
-def snapshots() -> list[gpu_codegen.Spec]:
-    conv = {"planes": 1, "shape": "convolution", "transposed": False, "epilogue": "none", "offset": "tl.int32"}
-    plain = {"autotune": False, "tiles": ()}
-    made = [spec("activation", code=code, offset="tl.int32") for code in ("sign", "threshold")]
-    made += [spec("weight", mode=mode, offset="tl.int32") for mode in ("xnor", "none")]
-    made += [spec(name, offset="tl.int32") for name in ("rows", "groups", "dequantize")]
-    made += [spec("quantize", bits=4, offset="tl.int32"), spec("rows", offset="tl.int64")]
-    for strategy in gpu_strategy.STRATEGIES:
-        for code in ("sign", "threshold"):
-            made.append(spec("conv_product", strategy=strategy, code=code, **conv, **plain))
-            made.append(spec("grad_weight_product", strategy=strategy, bits=4, code=code, offset="tl.int32", **plain))
-        planes = {**conv, "planes": 4, "transposed": True}
-        made.append(spec("conv_product", strategy=strategy, code="planes", **planes, **plain))
-    tiles = gpu_strategy.TILES["conv_product", "popcount"]
-    matrix = {**conv, "shape": "matrix", "epilogue": "scale+bias", "autotune": True, "tiles": tiles}
-    return [*made, spec("conv_product", strategy="popcount", code="sign", **matrix)]
-
-
-def test_generated_sources_equal_their_snapshots():
-    """After a change that is meant: FQT_COMPILE_GOLDEN=1 pytest tests/test_triton.py, and read the diff."""
-    sources = {f"{_short(wanted)}.txt": gpu_codegen.render(wanted) for wanted in snapshots()}
-    if os.environ.get(UPDATE_GOLDEN):
-        GOLDEN.mkdir(exist_ok=True)
-        for path in GOLDEN.glob("*.txt"):
-            path.unlink()
-        for name, source in sources.items():
-            (GOLDEN / name).write_text(source)
-    assert {path.name for path in GOLDEN.glob("*.txt")} == set(sources)
-    for name, source in sources.items():
-        assert (GOLDEN / name).read_text() == source, f"{name} changed; {UPDATE_GOLDEN}=1 accepts it"
-        compile(source, name, "exec")
-
-
-def _short(wanted: gpu_codegen.Spec) -> str:
-    """A file name without what is the same in all: ``conv_product-popcount-sign-1-convolution-none``."""
-    values = [str(v).removeprefix("tl.") for k, v in wanted.options if k not in ("autotune", "tiles")]
-    return "-".join([wanted.template, *(v for v in values if v not in ("int32", "False"))])
 
 
 # -- strategies and launches ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from grid import LAYERS, device_calls
+from grid import GRADIENT_PROGRAMS, LAYERS, POOLED, PROGRAMS, calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,6 +23,17 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 LAYER_NAMES = ("linear", "3x3-stride-2")
+POOLED_LAYER = "3x3-odd-channels"
+"""Programs with a max-pool have argument lists on this one."""
+NAMED = {text: name for name, text in (PROGRAMS | GRADIENT_PROGRAMS | {"pooled": POOLED}).items()}
+COMPILED_PROGRAMS = {
+    *((PROGRAMS["batch-norm-relu"], *kind) for kind in (("threshold", True), ("threshold", False), ("sign", False))),
+    *((PROGRAMS[name], "threshold", False) for name in ("hardtanh", "prelu")),
+    (POOLED, "threshold", False),
+}
+"""Program, code and whether values are kept."""
+VARIANTS = ("COMPACT", "PRODUCT", "MEASURE")
+"""Flags that lead to other memory accesses: kernels are compiled with each."""
 PLANES = (4, 8, 1)
 """Of gradient codes; single bits only where they are activations or the code 1 of `grad_input_product`."""
 
@@ -33,23 +44,20 @@ def recorded() -> list[gpu_launch.Launch]:
     Codes of 4 bits, and of 8, which are counted; products with every tile.
     """
     launches: list[gpu_launch.Launch] = []
-    for layer in (layer for layer in LAYERS if layer.name in LAYER_NAMES):
+    for layer in (layer for layer in LAYERS if layer.name in (*LAYER_NAMES, POOLED_LAYER)):
+        names = ["fused_activation"] if layer.name == POOLED_LAYER else [n for n in gpu.OPERATIONS if n != "draw_seed"]
         for strategy in ("popcount", "tensor-core"):
             with gpu.force_strategy(strategy), gpu_launch.recording(run=False) as made:
-                for name, function in gpu.OPERATIONS.items():
-                    if name not in ("draw_seed", "select"):  # on the host
-                        for _, arguments in device_calls(layer, name):
-                            function(*arguments)
-                product, scale = (
-                    device_calls(layer, "output_product")[0][1],
-                    device_calls(layer, "unpack_weight")[0][1][1],
-                )
+                for name in names:
+                    for arguments in calls(layer)[name]:
+                        gpu.OPERATIONS[name](*arguments)
+                product, scale = calls(layer)["output_product"][0], calls(layer)["unpack_weight"][0][1]
                 for bias in (None, scale):
-                    gpu_products.scaled_output(*product, scale, bias)
+                    gpu_products.scaled_output(*product[:7], scale, bias)
             launches += made
     # The most general launch: Triton makes a constant of every argument that is 1.
     launches.sort(key=lambda launch: -launch.types.count("1"))
-    most_general = {(launch.spec, launch.kernel): launch for launch in launches if _wanted(launch)}
+    most_general = {(launch.spec, launch.kernel, _variant(launch)): launch for launch in launches if _wanted(launch)}
     return sorted((tiled for launch in most_general.values() for tiled in _with_tiles(launch)), key=label)
 
 
@@ -58,7 +66,10 @@ def _with_tiles(launch: gpu_launch.Launch) -> list[gpu_launch.Launch]:
     constants = dict(launch.constants)
     if "TILE_M" not in constants:
         return [launch]
-    tiles = gpu_strategy.TILES[launch.spec.template, dict(launch.spec.options)["strategy"]]
+    options = dict(launch.spec.options)
+    tiles = gpu_strategy.TILES[launch.spec.template, options["strategy"]]
+    if options.get("epilogue") == "int16":
+        tiles = tiles[:1]
     return [
         dataclasses.replace(
             launch,
@@ -70,6 +81,10 @@ def _with_tiles(launch: gpu_launch.Launch) -> list[gpu_launch.Launch]:
     ]
 
 
+def _variant(launch: gpu_launch.Launch) -> str:
+    return " ".join(name.lower() for name, value in launch.constants if name in VARIANTS and value)
+
+
 def _wanted(launch: gpu_launch.Launch) -> bool:
     """Not the same code again where only the number of bits or the end of the kernel differs."""
     options = dict(launch.spec.options)
@@ -78,6 +93,14 @@ def _wanted(launch: gpu_launch.Launch) -> bool:
         "matrix",
     ):
         return False
+    if options.get("epilogue") == "int16":
+        return (options["shape"], options["code"]) == ("convolution", "threshold")
+    if launch.spec.template == "fused_activation":
+        return (options["program"], options["code"], options["values"]) in COMPILED_PROGRAMS
+    if launch.spec.template == "fused_gradient":
+        return bool(options["program"] == GRADIENT_PROGRAMS["recomputed-mask"])  # has all kinds of operands
+    if launch.spec.template == "quantize":  # both numbers of bits, and both places of the operand
+        return bool(options["bits"] == PLANES[not _variant(launch)])
     if "planes" in options:
         return options["planes"] in PLANES
     return options.get("bits", PLANES[0]) in PLANES[:2]
@@ -85,9 +108,10 @@ def _wanted(launch: gpu_launch.Launch) -> bool:
 
 def label(launch: gpu_launch.Launch) -> str:
     """``conv_product.conv_product popcount sign ...``"""
-    text = [str(v) for k, v in launch.spec.options if k not in ("offset", "autotune", "tiles", "transposed")]
+    unsaid = ("offset", "autotune", "tiles", "transposed")
+    text = [k * v if isinstance(v, bool) else NAMED.get(v, str(v)) for k, v in launch.spec.options if k not in unsaid]
     tile = [f"{v}" for k, v in launch.constants if k.startswith("TILE_")]
-    return " ".join([f"{launch.spec.template}.{launch.kernel}", *text, "x".join(tile)]).strip()
+    return " ".join(filter(None, [f"{launch.spec.template}.{launch.kernel}", *text, "x".join(tile), _variant(launch)]))
 
 
 @dataclass(frozen=True)

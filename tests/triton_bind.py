@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import triton.runtime.autotuner
 import triton.runtime.driver
-from grid import LAYERS, device_calls
+from grid import LAYERS, calls
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelInterface
 
 from fqt_compile.kernels import gpu, gpu_launch, gpu_strategy
 
 LAYER_NAMES = ("linear-one-row", "3x3-stride-2")  # all sizes 1, and none
+PROGRAM_LAYER = "3x3-odd-channels"  # has programs, its last argument lists are those with a pool
 ARGUMENT_LISTS = 3
 
 
@@ -61,15 +62,19 @@ def main() -> None:
     triton.runtime.autotuner.Autotuner._bench = lambda *arguments, **options: [1.0, 1.0, 1.0]
     gpu_launch.require_triton = lambda device_types: None
     gpu_launch._on = lambda device: contextlib.nullcontext()
-    names = sorted(set(gpu.OPERATIONS) - {"draw_seed", "select"})
+    names = set(gpu.OPERATIONS) - {"draw_seed"}
     if "--autotune" in sys.argv:
         os.environ[gpu_strategy.AUTOTUNE] = "1"
-        names = [name for name in names if name.endswith("_product")]
-    for layer in (layer for layer in LAYERS if layer.name in LAYER_NAMES):
+        names = {name for name in names if name.endswith("_product")}
+    for layer in (layer for layer in LAYERS if layer.name in (*LAYER_NAMES, PROGRAM_LAYER)):
         for strategy in gpu_strategy.STRATEGIES:
             with gpu.force_strategy(strategy):
-                for name in names:
-                    for _, arguments in device_calls(layer, name)[:ARGUMENT_LISTS]:
+                if layer.name == PROGRAM_LAYER:
+                    made = {n: calls(layer)[n][-1:] for n in ("fused_activation", "fused_gradient")}
+                else:
+                    made = {name: calls(layer)[name][:ARGUMENT_LISTS] for name in names}
+                for name in sorted(made.keys() & names):
+                    for arguments in made[name]:
                         gpu.OPERATIONS[name](*arguments)
     print(json.dumps(bound))
 

@@ -5,7 +5,7 @@ A script, since the interpreter is chosen before Triton is imported:
     TRITON_INTERPRET=1 python tests/triton_grid.py [operation ...] [--limit N] [--layers L ...] [--wide]
 
 Prints one line of JSON for every operation, strategy and layer. ``--limit``: about N argument lists of an operation per
-layer, others on every layer, and the products of the largest layers only where marked (0: all lists on all layers).
+layer, others on every layer, and slow operations on the largest layers only where marked (0: all lists on all layers).
 ``--wide``: 64-bit offsets, as for tensors of more than 2**30 elements.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import torch
 import triton.runtime.interpreter as triton_interpreter
-from grid import LAYERS, REFERENCE, Call, Layer, device_calls, expected
+from grid import LAYERS, REFERENCE, Call, Layer, calls, expected
 from test_kernels import assert_same
 
 from fqt_compile.kernels import gpu, gpu_launch
@@ -36,10 +36,13 @@ triton_interpreter.interpreter_builder.options = dataclasses.replace(
 )
 
 LARGE = ("3x3-large", "3x3-many-positions")
-"""Layers whose products take the interpreter ten times longer than all others together."""
-NEEDED = ("grad_weight_product", "3x3-many-positions")
-"""The only product that several programs add up to, each with several words."""
+"""Layers whose products and pools take the interpreter ten times longer than all others together."""
+NEEDED = [(name, "3x3-many-positions") for name in ("grad_weight_product", "gradient_moments")]
+"""The only product that several programs add up to, each with several words, and several blocks of a sum."""
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
+PARTLY = ("grad_weight", "float_moments", "float_gradient_moments")
+"""Operations whose kernels others have too: every third layer."""
+SLOW = (*PRODUCTS, *PARTLY, "max_pool_gradient", "gradient_moments")
 
 
 def strategies(operation: str) -> tuple[str, ...]:
@@ -48,13 +51,17 @@ def strategies(operation: str) -> tuple[str, ...]:
 
 def chosen(operation: str, layer: Layer, limit: int) -> Iterator[tuple[int, Call]]:
     """Numbered argument lists: every ``step``-th, starting at a place that depends on the layer."""
-    made = device_calls(layer, operation)
+    made = list(enumerate(calls(layer)[operation]))
     step = max(1, len(made) // limit) if limit else 1
     return (made[i] for i in range(LAYERS.index(layer) % step, len(made), step))
 
 
 def skipped(operation: str, layer: Layer, limit: int) -> bool:
-    return bool(limit) and operation in PRODUCTS and layer.name in LARGE and (operation, layer.name) != NEEDED
+    if not limit:
+        return False
+    if operation in PARTLY and LAYERS.index(layer) % 3:
+        return True
+    return operation in SLOW and layer.name in LARGE and (operation, layer.name) not in NEEDED
 
 
 def check(operation: str, layer: Layer, strategy: str, limit: int) -> dict[str, object]:

@@ -1,0 +1,162 @@
+"""Triton kernels compiled ahead of time for three GPUs, bound by Triton's launcher, and as snapshots.
+
+What was covered is printed at the end of the test run (`conftest.pytest_terminal_summary`).
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton_aot
+from grid import GRADIENT_PROGRAMS, POOLED, PROGRAMS
+
+from fqt_compile.kernels import gpu_codegen, gpu_launch, gpu_strategy
+from fqt_compile.kernels.gpu_codegen import spec
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden"
+UPDATE_GOLDEN = "FQT_COMPILE_GOLDEN"
+COVERED = "triton coverage"
+
+# -- compiled ahead of time ------------------------------------------------------------------------------
+
+COUNTS = {"sm_80": r"popc\.b64", "sm_90": r"popc\.b64", "gfx942": r"v_bcnt_u32_b32"}
+INT8_PRODUCTS = {
+    "sm_80": r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32",
+    "sm_90": r"wgmma\.mma_async\S*\.s32\.s8\.s8",
+    "gfx942": r"v_mfma_i32_\w*_i8",
+}
+# AMD's scalar registers hold comparisons of whole wavefronts and spill into lanes of vector registers, not to memory.
+NO_SPILLS = {
+    "sm_80": ("STACK", "LOCAL"),
+    "sm_90": ("STACK", "LOCAL"),
+    "gfx942": ("vgpr_spill_count", "private_segment_fixed_size"),
+}
+
+
+def assert_float_arithmetic_as_written(made: triton_aot.Compiled, target: str) -> None:
+    """No contraction, no flushed denormals, divisions and roots correctly rounded, no sum in the order of arrival."""
+    assert not re.search(r"atomicrmw f|\b(red|atom)\.\S*\.f(16|32|64)", made.llvm + made.assembly)
+    assert not re.search(r"llvm\.fma|fmuladd|\bcontract\b|\bfast\b|\barcp\b", made.llvm)
+    if target == "gfx942":
+        assert re.search(r"float_denorm_mode_32 3", made.assembly)
+        return
+    assert not re.search(r"\bfma\.|\.ftz\b", made.assembly)
+    assert not re.search(r"\b(div|sqrt|rcp)\.(?!rn\.|s32|u32|s64|u64)", made.assembly)
+
+
+def assert_expected_instructions(launch: gpu_launch.Launch, made: triton_aot.Compiled, target: str) -> None:
+    strategy = dict(launch.spec.options).get("strategy")
+    counts, multiplies = re.search(COUNTS[target], made.assembly), re.search(INT8_PRODUCTS[target], made.assembly)
+    if launch.kernel == "transpose_taps" or strategy is None:
+        assert not multiplies
+    else:
+        assert bool(multiplies) == (strategy == "tensor-core")
+        assert bool(counts) == (strategy == "popcount")
+    if target != "gfx942":
+        needed = {"make_groups": "div.rn.f32", "row_norms": "sqrt.rn.f32", "mean_of_sums": "div.rn.f64"}
+        needed |= {"moments_of_sums": "div.rn.f64", "product_sums": "add.f64", "probabilities": "div.rn.f64"}
+        if dict(launch.spec.options).get("program") == PROGRAMS["hardtanh"]:
+            needed[launch.kernel] = "div.rn.f32"
+        assert re.search(needed.get(launch.kernel, "").replace("add", r"add(\.rn)?"), made.assembly)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", triton_aot.TARGETS)
+def test_compiles_ahead_of_time(target, record_property):
+    launches = triton_aot.recorded()
+    assert {launch.spec.template for launch in launches} == {path.name.split(".")[0] for path in kernel_templates()}
+    for launch in launches:
+        made = triton_aot.compile_launch(launch, target)
+        where = f"{triton_aot.label(launch)} on {target}"
+        assert all(made.resources[name] == 0 for name in NO_SPILLS[target]), f"{where}: {made.resources}"
+        assert_float_arithmetic_as_written(made, target)
+        assert_expected_instructions(launch, made, target)
+    by_kernel = collections.defaultdict(list)
+    for launch in launches:
+        kernel, _, variant = triton_aot.label(launch).partition(" ")
+        by_kernel[kernel].append(variant or "-")
+    for kernel, variants in by_kernel.items():
+        record_property(COVERED, f"{target} | {kernel} | {'; '.join(variants)}")
+    record_property(COVERED, f"{target} | {len(launches)} kernels compiled, none spills")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--plain", "--autotune"])
+def test_the_launcher_binds_every_kernel(option, record_property):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    env.pop(gpu_codegen.INTERPRET, None)
+    command = [sys.executable, str(HERE / "triton_bind.py"), option]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    bound = json.loads(done.stdout)
+    kernels = {"conv_product", "grad_weight_product", "transpose_taps"}
+    if option == "--plain":
+        kernels = {launch.kernel for launch in triton_aot.recorded()}
+    assert set(bound) == kernels
+    record_property(COVERED, f"sm_90, Triton's launcher, {option[2:]} | {sum(bound.values())} launches bound: {bound}")
+
+
+def kernel_templates() -> list[Path]:
+    """Templates that are files of their own, not parts of others."""
+    return [path for path in gpu_codegen.TEMPLATES.glob("*.jinja") if "head.py.jinja" in path.read_text()]
+
+
+# -- snapshots -----------------------------------------------------------------------------------------------
+
+
+def snapshots() -> list[gpu_codegen.Spec]:
+    conv = {"planes": 1, "shape": "convolution", "transposed": False, "epilogue": "none", "offset": "tl.int32"}
+    plain = {"autotune": False, "tiles": ()}
+    made = [spec("activation", code=code, offset="tl.int32") for code in ("sign", "threshold")]
+    made += [spec("weight", mode=mode, offset="tl.int32") for mode in ("xnor", "none")]
+    made += [spec(name, offset="tl.int32") for name in ("rows", "groups", "dequantize", "float")]
+    made += [spec("select", prune=prune) for prune in ("systematic", "bernoulli", "topk")]
+    made += [spec("quantize", bits=4, offset="tl.int32"), spec("rows", offset="tl.int64")]
+    made += [
+        spec("fused_activation", program=text, code=code, values=values, below=True, offset="tl.int32")
+        for text, code, values in ((POOLED, "threshold", True), (PROGRAMS["prelu"], "sign", False))
+    ]
+    made.append(spec("fused_gradient", program=GRADIENT_PROGRAMS["recomputed-mask"], offset="tl.int32"))
+    for strategy in gpu_strategy.STRATEGIES:
+        for code in ("sign", "threshold"):
+            made.append(spec("conv_product", strategy=strategy, code=code, **conv, **plain))
+            made.append(spec("grad_weight_product", strategy=strategy, bits=4, code=code, offset="tl.int32", **plain))
+        made.append(spec("conv_product", strategy=strategy, code="threshold", **{**conv, "epilogue": "int16"}, **plain))
+        planes = {**conv, "planes": 4, "transposed": True}
+        made.append(spec("conv_product", strategy=strategy, code="planes", **planes, **plain))
+    tiles = gpu_strategy.TILES["conv_product", "popcount"]
+    matrix = {**conv, "shape": "matrix", "epilogue": "scale+bias", "autotune": True, "tiles": tiles}
+    return [*made, spec("conv_product", strategy="popcount", code="sign", **matrix)]
+
+
+def test_generated_sources_equal_their_snapshots():
+    """After a change that is meant: FQT_COMPILE_GOLDEN=1 pytest tests/test_triton_compile.py, and read the diff."""
+    sources = {f"{_short(wanted)}.txt": gpu_codegen.render(wanted) for wanted in snapshots()}
+    if os.environ.get(UPDATE_GOLDEN):
+        GOLDEN.mkdir(exist_ok=True)
+        for path in GOLDEN.glob("*.txt"):
+            path.unlink()
+        for name, source in sources.items():
+            (GOLDEN / name).write_text(source)
+    assert {path.name for path in GOLDEN.glob("*.txt")} == set(sources)
+    for name, source in sources.items():
+        assert (GOLDEN / name).read_text() == source, f"{name} changed; {UPDATE_GOLDEN}=1 accepts it"
+        compile(source, name, "exec")
+
+
+def _short(wanted: gpu_codegen.Spec) -> str:
+    """A file name without what is the same in all: ``conv_product-popcount-sign-1-convolution-none``."""
+    shown = [v if k != "program" else triton_aot.NAMED[v] for k, v in wanted.options if k not in ("autotune", "tiles")]
+    values = [str(v).removeprefix("tl.") for v in shown]
+    return "-".join([wanted.template, *(v for v in values if v not in ("int32", "False"))])
