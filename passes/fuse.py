@@ -97,7 +97,7 @@ class _ActivationRegion(Region):
         return self.absorb(x, is_read_outside)
 
     def _forward_users(self, node: fx.Node) -> list[fx.Node]:
-        return [u for u in node.users if u in self.live and not is_backward(u)]
+        return [u for u in node.users if u in self.live and not is_backward(u) and not _serves_backward(u)]
 
     def _max_pool(self, node: fx.Node, absorbed: list[fx.Node], x: fx.Node) -> bool:
         """Is ``node`` the values of a plain 2-D max-pool that nothing outside the region reads?"""
@@ -135,12 +135,22 @@ def _readers(x: fx.Node, live: set[fx.Node]) -> _Readers:
         if is_backward(user):
             readers.later += [user] * (not is_supported(user, user))
             continue
+        if _serves_backward(user):
+            continue
         masks = _negative_masks(user, live)
         if masks is None:
             readers.others.append(user)
         else:
             readers.masks += masks
     return readers
+
+
+def _serves_backward(user: fx.Node) -> bool:
+    """Is ``user`` an alias in the forward that only pointwise operators of the backward read (autograd's saved x)?"""
+    if user.target is not aten.alias.default:
+        return False
+    readers = [_serves_backward(u) or (is_backward(u) and is_supported(u, u)) for u in user.users]
+    return bool(readers) and all(readers)
 
 
 def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:

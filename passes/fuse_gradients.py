@@ -102,6 +102,9 @@ def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, every_row_
     new = at.cast("fused", values, value(x).dtype)
     x.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
     fused: fx.Node = arguments(values)[0]
+    for node in (fused, *fused.users):
+        # Some depend on no tangent (a pool's input): the partitioner would compute and save them in the forward.
+        node.meta["partitioner_tag"] = "must_be_in_backward"
     return fused
 
 

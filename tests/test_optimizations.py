@@ -148,8 +148,10 @@ def test_vgg_has_no_float_activation_between_packed_layers():
     assert after["fqt.activation_threshold"] == after["fqt.weight_gradient"] == 0
 
 
-def test_programs_fold_batch_norm_and_pool():
-    fused = [f for f in captured(small_vgg(10), images()).fused if f.template == "fused_activation"]
+@pytest.mark.parametrize("options", [{}, {"keep": 1}, {"scope": "layer"}], ids=str)
+def test_programs_fold_batch_norm_and_pool(options):
+    graph = captured(small_vgg(10), images(), **options)
+    fused = [f for f in graph.fused if f.template == "fused_activation"]
     assert [f.site for f in fused] == ["4", "7", "11", "14"]
     folded = "full,channel,channel|t0=mul(x0,x1)|t1=add(t0,x2)|t2=relu(t1)"
     assert [f.text for f in fused] == [f"{folded}|t3=pool(t2)", folded, f"{folded}|t3=pool(t2)", folded]
