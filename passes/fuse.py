@@ -170,7 +170,6 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     readers = _readers(x, region.live)
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     anchor = min((*readers.masks, *readers.others, pack), key=order.__getitem__)
-    anchor = min((u for u in (anchor, *readers.others)), key=order.__getitem__)
     if after and order[after[0]] > order[anchor]:
         anchor.prepend(after[0])  # the seed depends on nothing
     at = emitter.at(anchor, site)

@@ -3,10 +3,10 @@
     g -> ReLU mask -> sums -> BatchNorm's backward -> ranges -> quantize        six passes and as many tensors
     g -> fused_gradient(mask) -> gradient_moments -> fused_gradient(BatchNorm, ranges) -> quantize       four
 
-For every gradient that a packed operation reads from memory, the pass collects the pointwise operators that lead to
-it (`region`), up to the next tensors that exist in memory anyway. Values of the forward that are pointwise functions
-of such tensors (the normalized activation, the mask of a ReLU) are computed again inside. Where both quantizers read
-the result, the ranges they need are measured on the way.
+For every gradient that a packed operation, or a float convolution beside one, reads from memory, the pass collects
+the pointwise operators that lead to it (`region`), up to the next tensors that exist in memory anyway. Values of the
+forward that are pointwise functions of such tensors (the normalized activation, the mask of a ReLU) are computed
+again inside. Where quantizers read the result, the ranges they need are measured on the way.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class _GradientRegion(Region):
         super().__init__(graph)
 
         def is_in_memory(node: fx.Node, absorbed: list[fx.Node]) -> bool:
-            return node is not x and any(user in live and not is_supported(user, user) for user in node.users)
+            # Readers in the forward do not count: for the backward the value would have to be saved.
+            readers = [user for user in node.users if user in live and is_backward(user)]
+            return node is not x and any(not is_supported(user, user) for user in readers)
 
         absorbed, sources = self.absorb(x, is_in_memory)
         self.sources = sources

@@ -33,7 +33,7 @@ from .graph import (
     strip,
     value,
 )
-from .local import has_rows, row_operands
+from .local import has_rows, is_zero, row_operands
 
 fqt = torch.ops.fqt
 
@@ -73,7 +73,9 @@ class _Rewriter:
         if not has_rows(mask, node) or value(mask).dim() < 2 or isinstance(value(mask).shape[1], torch.SymInt):
             return False
         sources = row_sources(mask)
-        if any(is_backward(n) for n in sources) or all(n.op == "placeholder" for n in sources):
+        if any(is_backward(n) for n in (*sources, *_operands_of_copy(mask))) or all(
+            n.op == "placeholder" for n in sources
+        ):
             return False
         return len(sources) != 1 if self.on_kept_rows else not self._is_at_hand(mask)
 
@@ -88,7 +90,7 @@ class _Rewriter:
 
     def _save_bits(self, mask: fx.Node) -> fx.Node:
         """Bits of a comparison that autograd placed in the backward, made in the forward, right after its operand."""
-        source = max(_forward_leaves(mask), key=list(self.graph.nodes).index)
+        source = max(_operands_of_copy(mask), key=list(self.graph.nodes).index)
         following = source.next
         while following.op == "placeholder" or is_call(following, operator.getitem):
             following = following.next
@@ -120,11 +122,13 @@ def row_sources(node: fx.Node) -> set[fx.Node]:
     return sources
 
 
-def _forward_leaves(mask: fx.Node) -> list[fx.Node]:
-    """Forward values that the backward-tagged local operators of ``mask`` start from."""
+def _operands_of_copy(mask: fx.Node) -> list[fx.Node]:
+    """What the backward-tagged local operators of ``mask`` read that is not copied with them (`_copy_down`)."""
     if not is_backward(mask):
         return [mask]
-    return [leaf for n in row_operands(mask) or [] for leaf in _forward_leaves(n)]
+    copied = row_operands(mask) or []
+    others = [n for n in mask.all_input_nodes if n not in copied and not is_zero(n)]
+    return others + [operand for n in copied for operand in _operands_of_copy(n)]
 
 
 def _copy_down(emitter: Emitter, at: Insertion, node: fx.Node) -> fx.Node:

@@ -103,14 +103,16 @@ def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Deq
     latest = max((n for n in (g, output.acc, output.alpha, output.bias, center) if n), key=order.__getitem__)
     if order[latest] > min(order[n] for n in (node, *readers)):
         return False  # a sum is read before the integers exist
-    made = provenance(node) or provenance(output.acc)
-    at = Emitter(graph, "moments").at(node, made.site if made else "step")
+    origin = provenance(node) or provenance(output.acc)
+    at = Emitter(graph, "moments").at(node, origin.site if origin else "step")
     at.anchor = latest.next
     if output.alpha is None:
         total, moment = at.call("statistics", fqt.float_gradient_moments.default, g, output.acc, center)
     else:
         args = (g, output.acc, output.alpha, output.bias, center)
         total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
+    for made in (arguments(total)[0], total, moment):  # the node after the last operand may be one of the forward
+        made.meta.update(partitioner_tag="is_backward", autograd_backward=True)
     node.replace_all_uses_with(moment)
     for other in others:
         other.replace_all_uses_with(total)
@@ -185,8 +187,9 @@ def match_dequantized(node: fx.Node) -> Dequantized | None:
 
 
 def match_convolution(node: fx.Node) -> Dequantized | None:
-    """A float32 or bfloat16 convolution, as float32."""
-    node = strip(node, {prims.convert_element_type.default})
+    """A float32 convolution, or a bfloat16 one as float32; other casts change values."""
+    if is_call(node, prims.convert_element_type.default) and value(node).dtype == torch.float32:
+        node = arguments(node)[0]
     known = is_call(node, aten.convolution.default) and value(node).dtype in (torch.float32, torch.bfloat16)
     return Dequantized(node, None, None) if known else None
 

@@ -169,6 +169,7 @@ class Region:
         if full == (isinstance(by, fx.Node) and has_shape(by, node)) or (not full and node.target is aten.sub.Tensor):
             return False
         source = first if full else second
+        by = 0.0 if is_zero(by) else by
         base = self._affine.get(source) or _Affine(self.argument(source))
         self._affine[node] = base.then(node.target, by if isinstance(by, fx.Node) else float(by))
         return True

@@ -189,7 +189,7 @@ for model, options in ((pooled, {}), (SmallNet(norm=True), paper)):
 OF_OPTIMIZED_GRAPHS = {
     *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "product_sums", "gradient_moments_of_sums"),
     *("program_values", "merge_extremes", "max_pool_taps", "max_pool_gradient", "keep_rows", "gather_rows"),
-    *("float_moments_of_sums", "walk", "unpack_bool"),
+    *("float_moments_of_sums", "walk"),
 }
 
 

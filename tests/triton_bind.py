@@ -70,7 +70,7 @@ def main() -> None:
         for strategy in gpu_strategy.STRATEGIES:
             with gpu.force_strategy(strategy):
                 if layer.name == PROGRAM_LAYER:
-                    made = {n: calls(layer)[n][-1:] for n in ("fused_activation", "fused_gradient")}
+                    made = {n: calls(layer)[n][-ARGUMENT_LISTS:] for n in ("fused_activation", "fused_gradient")}
                 else:
                     made = {name: calls(layer)[name][:ARGUMENT_LISTS] for name in names}
                 for name in sorted(made.keys() & names):

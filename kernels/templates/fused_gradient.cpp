@@ -72,7 +72,8 @@ EXPORT i64 fused_gradient({% for operand in operands %}const void* p{{ loop.inde
   std::vector<float> rows(measured ? parts * 2 * batch : 0), columns(measured ? parts * 2 * padded : 0);
   parallel_for(parts, parts, [&](i64 part) {
     const i64 begin = pixels * part / parts, end = pixels * (part + 1) / parts;
-    float *row = measured ? &rows[part * 2 * batch] : nullptr, *column = measured ? &columns[part * 2 * padded] : nullptr;
+    float *row = measured ? rows.data() + part * 2 * batch : nullptr;
+    float *column = measured ? columns.data() + part * 2 * padded : nullptr;
     if (measured) clear(row, batch), clear(column, padded);
     for (i64 from = begin; from < end;) {
       const i64 n = from / inner, to = std::min(end, (n + 1) * inner);
