@@ -20,10 +20,10 @@ from torch import fx
 
 from .graph import VIEWS, Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
 from .local import is_channel_vector, is_pointwise
+from .region import PASSED_ON
 
 fqt = torch.ops.fqt
 POOLED = frozenset({prims._low_memory_max_pool_with_offsets.default, aten.avg_pool2d.default, operator.getitem})
-PASSED_ON = frozenset({prims.convert_element_type.default, aten.alias.default})
 
 
 @dataclasses.dataclass(frozen=True)
