@@ -1,28 +1,24 @@
 """`bench`: whole training steps of eager, Inductor and fqt1bit, with their memory, on one model.
 
 A step is ``zero_grad(set_to_none=True)``, forward, cross-entropy, ``backward()`` and fused Adam, on channels_last
-models and images. This module checks the settings, starts the measuring processes (`bench_worker`) and computes the
-ratios; `bench_table` shows them.
+models and images. This module checks the settings, has everything measured (`bench_turns`, in processes that run
+`bench_worker`) and computes the ratios; `bench_table` shows them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import results
+from .bench_turns import BenchError, measure_steps, start_worker
 from .config import FQTConfig
-from .errors import ConfigError, FQTError
+from .errors import ConfigError
 from .models import make_model
 
 CLASSES = 10
@@ -44,11 +40,6 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 }
 BOTH = "both"
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-REASON_LENGTH = 400  # characters of a failed process's last words
-
-
-class BenchError(FQTError, RuntimeError):
-    """A measuring process failed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +56,7 @@ class BenchSettings:
     config: the options of fqt1bit.
     baselines: time eager and Inductor too.
     only: names of the variants to measure, ``"fqt1bit"`` among them; empty: all that ``baselines`` allows.
-    allocator: ``"default"`` (glibc's), ``"tuned"`` (keeps large blocks) or ``"both"``, one process each.
+    allocator: ``"default"`` (glibc's), ``"tuned"`` (keeps large blocks) or ``"both"``, each with processes of its own.
     memory: measure peak memory, which needs a process for every variant.
     phases: also break down the steps of fqt1bit.
     cold: compile with an empty cache of Inductor, so that ``compile_s`` is the time of a first run.
@@ -155,12 +146,13 @@ def bench(settings: BenchSettings, say: Callable[[str], object] = lambda text: N
         report = _header(settings) | {"allocator": first, **timed[first], "allocators": timed}
         environment = {**ALLOCATORS[first], **cache}
         if settings.memory:
-            memory = {name: _memory(settings, name, environment, say) for name in report["steps"]}
+            say("peak memory")
+            memory = {name: ask_worker("memory", settings, name, environment) for name in report["steps"]}
             report |= {"peak_rss": {name: figures["peak"] for name, figures in memory.items()}, "memory": memory}
         if settings.phases:
-            report["phases"] = {
-                name: _phases(settings, name, environment, say) for name in OWN if name in report["steps"]
-            }
+            say("phases")
+            ours = [name for name in OWN if name in report["steps"]]
+            report["phases"] = {name: ask_worker("phases", settings, name, environment) for name in ours}
     return report
 
 
@@ -175,26 +167,17 @@ def ratios(medians: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
     }
 
 
-def run_worker(task: str, settings: BenchSettings, variant: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run a task of `bench_worker` in a fresh process and return its result.
-
-    Raises `BenchError` with the last line the process wrote when it fails.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        arguments = [task, json.dumps(settings.record()), variant, str(result)]
-        command = [sys.executable, "-m", "fqt_compile.bench_worker", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-        if done.returncode != 0 or not result.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it wrote nothing"]
-            what = f"{task} of {variant}" if variant else task
-            raise BenchError(
-                f"measuring {what} failed with status {done.returncode}: {lines[-1][:REASON_LENGTH]}; accepted: a "
-                "model that trains with every variant; remedy: a smaller --batch if memory ran out, --no-baselines to "
-                "leave out eager and Inductor"
-            )
-        loaded: dict[str, Any] = json.loads(result.read_text())
-        return loaded
+def ask_worker(request: str, settings: BenchSettings, variant: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The answer of a fresh process to one request; `BenchError` with the reason when it fails."""
+    try:
+        with start_worker(settings, variant, environment) as worker:
+            answer: dict[str, Any] = worker.ask(request)
+            return answer
+    except BenchError as error:
+        raise BenchError(
+            f"measuring {request} of {variant} failed: {error}; accepted: a model that trains with every variant; "
+            "remedy: a smaller --batch if memory ran out, --no-baselines to leave out eager and Inductor"
+        ) from error
 
 
 def _timed(
@@ -202,31 +185,17 @@ def _timed(
 ) -> dict[str, Any]:
     """Times, ratios and saved bytes under one allocator setting."""
     say(f"steps of {len(settings.variants)} variants, {allocator} allocator")
-    timed = run_worker("steps", settings, "", {**ALLOCATORS[allocator], **cache})
+    timed = measure_steps(settings, {**ALLOCATORS[allocator], **cache}, say)
     if OURS in timed["failed"]:
         raise BenchError(
-            f"the first step of {OURS} failed: {timed['failed'][OURS][:REASON_LENGTH]}; accepted: a model that trains "
-            "with it; fqt1bit explain shows what is done with it"
+            f"{OURS} failed: {timed['failed'][OURS]}; accepted: a model that trains with it; remedy: fqt1bit "
+            "explain shows what is done with it"
         )
     quotients = ratios({name: step["median_s"] for name, step in timed["steps"].items()})
     headline = {f"speedup_{key}": value for key, value in quotients[OURS].items()}
     baseline = timed["saved_bytes"].get(SAVED_BASELINE)
     saved = {name: baseline / size if baseline and size else None for name, size in timed["saved_bytes"].items()}
     return {**timed, **headline, "ratios": quotients, "saved_ratio": saved}
-
-
-def _memory(
-    settings: BenchSettings, variant: str, environment: Mapping[str, str], say: Callable[[str], object]
-) -> dict[str, Any]:
-    say(f"peak memory of {variant}")
-    return run_worker("memory", settings, variant, environment)
-
-
-def _phases(
-    settings: BenchSettings, variant: str, environment: Mapping[str, str], say: Callable[[str], object]
-) -> dict[str, Any]:
-    say(f"phases of {variant}")
-    return run_worker("phases", settings, variant, environment)
 
 
 def _header(settings: BenchSettings) -> dict[str, Any]:

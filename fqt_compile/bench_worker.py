@@ -1,18 +1,20 @@
-"""The measuring processes of `bench`: ``python -m fqt_compile.bench_worker TASK SETTINGS VARIANT RESULT``.
+"""A measuring process of `bench`: ``python -m fqt_compile.bench_worker SETTINGS VARIANT``.
 
-Each is a process of its own, since allocator settings are read when a process starts and the peak of its resident
-memory belongs to all of it.
+One process per variant, since allocator settings are read when a process starts, the peak of its resident memory
+belongs to all of it, and a step is as fast as the heap it runs in. Every line of the standard input is the name of a
+`REQUESTS` function; its value, or the error, is answered with a line of JSON on the standard output.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import json
+import os
 import re
 import resource
-import statistics
 import sys
 import time
 import traceback
@@ -85,45 +87,45 @@ def _compiled(model: nn.Module, kind: str, settings: BenchSettings) -> Callable[
     return torch.compile(model, backend=fqt1bit, options=dataclasses.asdict(settings.config), dynamic=False)
 
 
-def measure_steps(settings: BenchSettings, variant: str = "") -> dict[str, Any]:
-    """Steps of every variant in turn (A A B B C C A A ..., the second one timed) after warming up; then saved bytes.
+class Worker:
+    """What a process measures of its variant; `REQUESTS` names the methods that answer."""
 
-    A variant whose first step raises is left out; ``failed`` has the reason by its name.
-    """
-    trainees = {name: make_trainee(settings, name) for name in settings.variants}
-    first, cached, failed = {}, {}, {}
-    for name, trainee in trainees.items():
-        hits = _cache_hits()
-        try:
-            first[name] = trainee.timed_step()
-        except Exception as error:  # of a compiler; the other variants go on
-            failed[name] = one_line(error)
-        cached[name] = _cache_hits() > hits
-    trainees = {name: trainee for name, trainee in trainees.items() if name not in failed}
-    for _ in range(settings.warm):
-        for trainee in trainees.values():
-            trainee.step()
-    seconds: dict[str, list[float]] = {name: [] for name in trainees}
-    for _ in range(settings.rounds):
-        for name, trainee in trainees.items():
-            trainee.step()  # in training a step follows one of its own kind, not seconds of others
-            seconds[name].append(trainee.timed_step())
-    steps = {name: summary(values) for name, values in seconds.items()}
-    compiled = {
-        name: {"compile_s": max(0.0, first[name] - steps[name]["median_s"]), "compile_cached": cached[name]}
-        for name in trainees
-        if not name.startswith("eager")
-    }
-    saved = {name: measure_saved_bytes(t.forward, t.model, t.images) for name, t in trainees.items()}
-    return {"steps": steps, "saved_bytes": saved, "compile": compiled, "failed": failed}
+    def __init__(self, settings: BenchSettings, variant: str) -> None:
+        self.settings = settings
+        self.variant = variant
+
+    @functools.cached_property
+    def trainee(self) -> Trainee:
+        return make_trainee(self.settings, self.variant)
+
+    def first(self) -> dict[str, Any]:
+        """``seconds`` of the first step; ``cached``: Inductor's cache had something, None where nothing is compiled."""
+        hits, seconds = _cache_hits(), self.trainee.timed_step()
+        return {"seconds": seconds, "cached": None if self.variant.startswith("eager") else _cache_hits() > hits}
+
+    def step(self) -> float:
+        """Seconds of a step."""
+        return self.trainee.timed_step()
+
+    def step_twice(self) -> float:
+        """Seconds of the second of two steps."""
+        self.trainee.step()
+        return self.trainee.timed_step()
+
+    def saved_bytes(self) -> int:
+        """Bytes that autograd holds between forward and backward (`results.measure_saved_bytes`)."""
+        return measure_saved_bytes(self.trainee.forward, self.trainee.model, self.trainee.images)
+
+    def memory(self) -> dict[str, Any]:
+        return measure_memory(self.trainee)
+
+    def phases(self) -> dict[str, Any]:
+        from .bench_phases import measure_phases
+
+        return measure_phases(lambda: make_trainee(self.settings, self.variant).timed_step)
 
 
-def summary(values: list[float]) -> dict[str, Any]:
-    """Median, extremes and all values, in seconds."""
-    return {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values), "all_s": values}
-
-
-def measure_memory(settings: BenchSettings, variant: str) -> dict[str, Any]:
+def measure_memory(trainee: Trainee) -> dict[str, Any]:
     """Resident memory of a process that trains one variant, in bytes.
 
     ``start``: before the first step. ``warm``: between two warm steps, without gradients, free memory given back;
@@ -131,7 +133,6 @@ def measure_memory(settings: BenchSettings, variant: str) -> dict[str, Any]:
     system can start the peak anew (``peak_of`` is then "warm steps", else "process", compilation included).
     ``ru_maxrss``: highest value of the whole process up to the end of the first two steps.
     """
-    trainee = make_trainee(settings, variant)
     start = _status("VmRSS")
     for _ in range(2):
         trainee.step()
@@ -145,13 +146,6 @@ def measure_memory(settings: BenchSettings, variant: str) -> dict[str, Any]:
     peak = _status("VmHWM") if renewed else _max_rss()
     of = "warm steps" if renewed else "process"
     return {"start": start, "warm": warm, "peak": peak, "peak_of": of, "ru_maxrss": everything}
-
-
-def phases(settings: BenchSettings, variant: str) -> dict[str, Any]:
-    """The phases of one variant."""
-    from .bench_phases import measure_phases
-
-    return measure_phases(lambda: make_trainee(settings, variant).timed_step)
 
 
 def one_line(error: Exception) -> str:
@@ -191,23 +185,30 @@ def _cache_hits() -> int:
     return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
-TASKS: dict[str, Callable[[BenchSettings, str], dict[str, Any]]] = {
-    "steps": measure_steps,
-    "memory": measure_memory,
-    "phases": phases,
-}
-
-
 def main() -> None:
-    task, text, variant, result = sys.argv[1:]
-    settings = BenchSettings.from_record(json.loads(text))
-    torch.set_num_threads(settings.threads)
-    try:
-        figures = TASKS[task](settings, variant)
-    except Exception as error:  # of the model or of a compiler; `bench` shows the last line
-        traceback.print_exc()
-        sys.exit(one_line(error))
-    Path(result).write_text(json.dumps(figures))
+    text, variant = sys.argv[1:]
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a model or a compiler prints is no answer
+        settings = BenchSettings.from_record(json.loads(text))
+        torch.set_num_threads(settings.threads)
+        worker = Worker(settings, variant)
+        for request in sys.stdin:
+            try:
+                answer = {"value": REQUESTS[request.strip()](worker)}
+            except Exception as error:  # of the model or of a compiler
+                traceback.print_exc()
+                answer = {"error": one_line(error)}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+REQUESTS: dict[str, Callable[[Worker], Any]] = {
+    "first": Worker.first,
+    "step": Worker.step,
+    "step_twice": Worker.step_twice,
+    "saved_bytes": Worker.saved_bytes,
+    "memory": Worker.memory,
+    "phases": Worker.phases,
+}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import statistics
 import sys
 import types
@@ -16,13 +17,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fqt_compile import bench as bench_module
-from fqt_compile import bench_phases, bench_table, bench_worker
-from fqt_compile.bench import ALLOCATORS, BFLOAT16, FLOAT32, OURS, BenchError, BenchSettings, ratios
+from fqt_compile import bench_phases, bench_table, bench_turns, bench_worker
+from fqt_compile.bench import ALLOCATORS, BFLOAT16, FLOAT32, OURS, VARIANTS, BenchSettings, ratios
+from fqt_compile.bench_turns import BenchError
 from fqt_compile.cli import app
 from fqt_compile.errors import ConfigError
 
 TINY = f"{Path(__file__)}:tiny"
 BROKEN = f"{Path(__file__)}:no_bfloat16"
+NOISY = f"{Path(__file__)}:noisy"
 DESIGN_KEYS = {
     *("model", "batch", "size", "threads", "steps", "speedup_fp32", "speedup_bf16"),
     *("saved_bytes", "peak_rss", "versions", "cpu"),
@@ -48,16 +51,52 @@ class NoBfloat16(nn.Module):
         return self.net(x)
 
 
+class Noisy(NoBfloat16):
+    """Prints what could be taken for an answer, and ends its process under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print('{"value": 0}', flush=True)
+        if torch.is_autocast_enabled("cpu"):
+            print("cannot go on", file=sys.stderr, flush=True)
+            os._exit(3)
+        return self.net(x)
+
+
+def noisy(num_classes: int) -> nn.Module:
+    return Noisy(num_classes)
+
+
 def no_bfloat16(num_classes: int) -> nn.Module:
     return NoBfloat16(num_classes)
 
 
-@pytest.fixture(scope="module")
-def eager_steps():
-    """Every variant in this process, with eager models in place of compiled ones: nothing is compiled."""
+class WorkerHere(bench_worker.Worker):
+    """In this process, with eager models in place of compiled ones: nothing is compiled, no process is started."""
+
+    def ask(self, request):
+        try:
+            return json.loads(json.dumps(bench_worker.REQUESTS[request](self)))
+        except Exception as error:
+            raise BenchError(bench_worker.one_line(error)) from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def steps_here(settings, environment=None, say=None):
+    """`measure_steps` with `WorkerHere`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_worker, "_compiled", lambda model, kind, settings: model)
-        return bench_worker.measure_steps(BenchSettings(model=TINY, batch=4, size=8, rounds=3))
+        patch.setattr(bench_turns, "start_worker", lambda settings, variant, environment: WorkerHere(settings, variant))
+        return bench_turns.measure_steps(settings, environment or {})
+
+
+@pytest.fixture(scope="module")
+def eager_steps():
+    return steps_here(BenchSettings(model=TINY, batch=4, size=8, rounds=3))
 
 
 @pytest.fixture
@@ -65,13 +104,18 @@ def in_process(monkeypatch, eager_steps):
     """`bench` without processes; the tasks it asked for."""
     asked = []
 
-    def run_worker(task, settings, variant, environment):
-        asked.append((task, variant, dict(environment)))
+    def measure_steps(settings, environment, say):
+        asked.append(("steps", settings.variants, dict(environment)))
+        return json.loads(json.dumps(eager_steps))
+
+    def ask_worker(request, settings, variant, environment):
+        asked.append((request, variant, dict(environment)))
         memory = {"start": 1, "warm": 2, "peak": 3 * 10**6, "ru_maxrss": 4}
         phases = {"step_s": 0.02, "unprofiled_s": 0.01, "phases": {"packing": 0.02}, "operations": {}}
-        return {"steps": json.loads(json.dumps(eager_steps)), "memory": memory, "phases": phases}[task]
+        return {"memory": memory, "phases": phases}[request]
 
-    monkeypatch.setattr(bench_module, "run_worker", run_worker)
+    monkeypatch.setattr(bench_module, "measure_steps", measure_steps)
+    monkeypatch.setattr(bench_module, "ask_worker", ask_worker)
     return asked
 
 
@@ -92,7 +136,8 @@ def test_report_has_the_documented_keys_and_ratios_of_medians(in_process, tmp_pa
         saved = timed["saved_bytes"]
         assert timed["saved_ratio"][OURS] == pytest.approx(saved["inductor float32"] / saved[OURS])
     assert [environment for task, _, environment in in_process if task == "steps"] == list(ALLOCATORS.values())
-    assert result.stdout.count("inductor bf16") == 2 + 1  # two tables, and the line of its memory process
+    assert [variant for task, variant, _ in in_process if task == "memory"] == list(VARIANTS)
+    assert result.stdout.count("inductor bf16") == 2  # tables
     assert "packing" in result.stdout
 
 
@@ -154,27 +199,33 @@ def test_ours_saves_less_than_float32(eager_steps):
     activations = 4 * 4 * 8 * 8 * 32  # bytes of one activation; each ReLU saves its result, which the next layer shares
     assert 2 * activations <= saved["eager float32"] <= 2.2 * activations
     settings = BenchSettings(model=TINY, batch=4, size=8, rounds=1, warm=1, only=(OURS,))
-    ours = bench_worker.measure_steps(settings)
+    ours = bench_turns.measure_steps(settings, {})
     assert not ours["failed"]
     assert ours["saved_bytes"][OURS] < saved["eager float32"]
     assert ours["compile"][OURS]["compile_s"] > 0
 
 
-def test_a_failing_variant_is_reported_and_left_out(monkeypatch):
-    monkeypatch.setattr(bench_worker, "_compiled", lambda model, kind, settings: model)
-    figures = bench_worker.measure_steps(BenchSettings(model=BROKEN, batch=2, size=8, rounds=1))
+def test_a_failing_variant_is_reported_and_left_out():
+    figures = steps_here(BenchSettings(model=BROKEN, batch=2, size=8, rounds=1))
     assert figures["failed"].keys() == {*BFLOAT16, "fqt1bit bf16"}
     assert figures["failed"]["eager bf16"] == "TypeError: no bfloat16 here"
     assert figures["steps"].keys() == figures["saved_bytes"].keys() == {*FLOAT32, OURS}
+    assert figures["compile"].keys() == {"inductor float32", OURS}
 
 
-def test_memory_worker_runs_as_a_process():
+def test_processes_take_turns_answer_and_say_why_they_ended():
     settings = BenchSettings(model=TINY, batch=2, size=8)
-    memory = bench_module.run_worker("memory", settings, "eager float32", ALLOCATORS["tuned"])
+    memory = bench_module.ask_worker("memory", settings, "eager float32", ALLOCATORS["tuned"])
     assert 0 < memory["start"] <= memory["peak"]
+    only = BenchSettings(model=NOISY, batch=2, size=8, rounds=2, only=("eager float32", "eager bf16", OURS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BenchSettings, "variants", ("eager float32", "eager bf16"))
+        figures = bench_turns.measure_steps(only, {})
+    assert len(figures["steps"]["eager float32"]["all_s"]) == 2
+    assert figures["failed"] == {"eager bf16": "its process ended with status 3: cannot go on"}
     broken = BenchSettings(model=BROKEN, batch=2, size=8)
-    with pytest.raises(BenchError, match=r"memory of eager bf16 failed with status 1: TypeError: no bfloat16 here;"):
-        bench_module.run_worker("memory", broken, "eager bf16", {})
+    with pytest.raises(BenchError, match=r"measuring memory of eager bf16 failed: TypeError: no bfloat16 here; ac"):
+        bench_module.ask_worker("memory", broken, "eager bf16", {})
 
 
 @pytest.mark.parametrize(
