@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 import torchvision
 from conftest import SmallNet, small_batch, step_gradients
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from fqt_compile import FQTConfig, compare, eager, fqt1bit
 from fqt_compile.backend import FQTPass
@@ -175,6 +177,28 @@ def test_channels_last_weights_get_channels_last_gradients():
     step_gradients(compiled(model), x, y)
     nn.functional.cross_entropy(compiled(model)(x), y).backward()
     assert model.conv1.weight.grad.stride() == model.conv1.weight.stride()
+
+
+def test_packed_words_are_not_taken_for_images():
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+    )
+    model = nn.Sequential(
+        net, nn.Conv2d(32, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )  # the last one is left in float
+    x = torch.randn(8, 3, 12, 12)
+    for memory_format, taken in ((torch.channels_last, False), (torch.contiguous_format, True)):
+        torch._dynamo.reset()
+        images = x.contiguous(memory_format=memory_format)
+        run = torch.compile(model.to(memory_format=memory_format), backend="fqt1bit")
+        _, code = run_and_get_code(lambda run=run, images=images: run(images).sum().backward())
+        copied = re.findall(r"empty_strided_cpu\(\(8, \d+, \d+, \d+\), \(.*\), torch.int64\)", "\n".join(code))
+        assert bool(copied) == taken, memory_format
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
