@@ -57,6 +57,8 @@ class FQTConfig:
     check_finite: debug: raise `NonFiniteError`, naming the layer, when a NaN or Inf reaches a packed layer.
     float_dtype: the products of layers left in float run in ``"float32"`` (as the model says) or in
         ``"bfloat16"``, about twice as fast where the CPU has bfloat16 instructions; float32 models only.
+    save_outputs: keep the integer outputs of the products for the backward, 2 bytes an element, instead of computing
+        them again. Worth it where nothing is pruned (``keep=1``); with pruning only the kept rows are computed again.
     reuse_memory: let the C library keep freed memory for the next step, in the whole process and for good (glibc;
         `kernels.memory`): page faults would cost as much as the products.
     lowering: ``"native"`` generated kernels inside Inductor; ``"eager"`` interprets the same rewritten
@@ -81,6 +83,7 @@ class FQTConfig:
     min_channels: int = 32
     check_finite: bool = False
     float_dtype: str = "float32"
+    save_outputs: bool = False
     reuse_memory: bool = True
     lowering: str = "native"
 
@@ -89,7 +92,7 @@ class FQTConfig:
             _check_choice(name, getattr(self, name), accepted)
         _check_int("bits", self.bits, 1, MAX_BITS)
         _check_int("min_channels", self.min_channels, 1, None)
-        for name in ("check_finite", "reuse_memory"):
+        for name in ("check_finite", "save_outputs", "reuse_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(_message(name, getattr(self, name), "True or False"))
         if self.keep is not None:

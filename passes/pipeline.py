@@ -158,7 +158,7 @@ def _narrow(state: State) -> None:
 
 
 def _save(state: State) -> None:
-    save.tag_saved(state.graph, state.forward.values(), state.seed)
+    save.tag_saved(state.graph, state.forward.values(), state.seed, state.config.save_outputs)
 
 
 def _layout(state: State) -> None:

@@ -21,8 +21,13 @@ WEIGHT_SHARE = 8
 """An activation bit stands for 32 bits of float training: saving up to 8 weight bits for it stays far below that."""
 
 
-def tag_saved(graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node | None) -> None:
-    """Tag every packed site's nodes; inference graphs save nothing."""
+def tag_saved(
+    graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node | None, save_outputs: bool = False
+) -> None:
+    """Tag every packed site's nodes; inference graphs save nothing.
+
+    save_outputs: the integer outputs are saved where the backward needs them, instead of being computed again.
+    """
     if not is_training(graph):
         return
     for site in forward:
@@ -34,7 +39,8 @@ def tag_saved(graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node |
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         for node in weights[1:] if save_weights else weights:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if save_weights else CheckpointPolicy.PREFER_RECOMPUTE
-        site.acc.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        acc = CheckpointPolicy.MUST_SAVE if save_outputs else CheckpointPolicy.PREFER_RECOMPUTE
+        site.acc.meta["recompute"] = acc
     if seed is not None:
         seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 

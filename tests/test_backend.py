@@ -17,6 +17,7 @@ from torch._inductor.utils import run_and_get_code
 from fqt_compile import FQTConfig, compare, eager, fqt1bit
 from fqt_compile.backend import FQTPass
 from fqt_compile.errors import ConfigError, FQTWarning, NonFiniteError
+from fqt_compile.results import measure_saved_bytes
 
 BACKEND = "fqt1bit"
 
@@ -241,6 +242,21 @@ def test_what_is_saved_are_packed_bits():
     bits = sum(t.numel() * 8 for t in kept if t.dtype == torch.int64)
     assert floats == 0
     assert 0 < bits < 4 * x.numel()  # four layers, two bits a value and the weights, against 4 bytes a value
+
+
+def test_saved_outputs_change_what_is_saved_and_nothing_else():
+    model, (x, y) = SmallNet(norm=True), small_batch()
+    for keep, saves_more in ((1.0, True), (0.25, False)):
+        found = {}
+        for save_outputs in (False, True):
+            step = compiled(model, keep=keep, save_outputs=save_outputs)
+            torch.manual_seed(3)
+            found[save_outputs] = (*step_gradients(step, x, y), measure_saved_bytes(step, model, x))
+        (loss, gradients, small), (other_loss, other, large) = found[False], found[True]
+        assert loss == other_loss
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=0, msg=name)
+        assert (large > small) == saves_more, (keep, small, large)
 
 
 def test_eval_and_no_grad_run_packed_and_equal_the_oracle():
