@@ -3,7 +3,8 @@
     python benchmarks/targets.py [--results benchmarks/results]
 
 Reads the files that README.md lists; a file that is not there counts as missed. Exit status 1 if a goal is missed.
-Ratios are those of the plain `fqt1bit` variant under glibc's allocator; the table of `fqt1bit bench` has the others.
+Ratios are those of the plain `fqt1bit` variant, under the allocator setting where they are lower; the table of `fqt1bit
+bench` has the others.
 """
 
 from __future__ import annotations
@@ -45,16 +46,21 @@ def goals(folder: Path) -> Iterator[Goal]:
         for threads in (1, 2):
             report = read(folder / f"{name}-t{threads}.json")
             where = f"{name}, {threads} threads"
-            yield Goal(f"{where}: times the best float32", *fp32, report.get("speedup_fp32"))
-            yield Goal(f"{where}: times the best bf16", *bf16, report.get("speedup_bf16"))
+            yield Goal(f"{where}: times the best float32", *fp32, lowest(report, "speedup_fp32"))
+            yield Goal(f"{where}: times the best bf16", *bf16, lowest(report, "speedup_bf16"))
         less = read(folder / f"{name}-t1.json").get("saved_ratio", {}).get(OURS)
         yield Goal(f"{name}: times fewer saved bytes than Inductor float32", saved, None, less)
-    keep = read(folder / "vgg16-keep1.json").get("speedup_fp32")
+    keep = lowest(read(folder / "vgg16-keep1.json"), "speedup_fp32")
     yield Goal("vgg16, nothing pruned: times the best float32", 5, None, keep)
     yield from kernel_goals(read(folder / "kernel_rates-t1.json"))
     scaling = [report["ratios"][OURS] for report in read(folder / "scaling.json").values()]
     slowest = min((value for ratios in scaling for value in ratios.values() if value is not None), default=None)
     yield Goal("scaling table: smallest ratio to the best float step", 1, None, slowest)
+
+
+def lowest(report: dict[str, Any], key: str) -> float | None:
+    """The smaller figure of the allocator settings that were measured; None without a report."""
+    return min((timed[key] for timed in report.get("allocators", {}).values()), default=None)
 
 
 def kernel_goals(report: dict[str, Any]) -> Iterator[Goal]:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._prims_common import is_contiguous_for_memory_format_or_false
+from torch._prims_common import is_contiguous_for_memory_format_or_false, is_contiguous_or_false
 
 from .config import FQTConfig
 from .errors import ConfigError
@@ -30,6 +30,7 @@ from .kernels.reference_ops import OPERATIONS
 from .notices import announce, graph_key, notices, recall, remember
 from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline
 
+CONVOLUTIONS = frozenset({torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default})
 SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*", "kernels/templates/triton/*")
 
 
@@ -105,7 +106,7 @@ def fqt1bit(
     # backward runs, so it cannot be changed for one compilation only.
     torch._functorch.config.donated_buffer = False
     key = graph_key(gm, example_inputs, joint_pass.uuid())
-    patches = {"joint_custom_pre_pass": joint_pass, **layout_patches(example_inputs)}
+    patches = {"joint_custom_pre_pass": joint_pass, **layout_patches(gm)}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     if joint_pass.messages is None:  # Inductor had it in its cache
         announce(recall(key))
@@ -114,18 +115,24 @@ def fqt1bit(
     return compiled
 
 
-def layout_patches(example_inputs: Sequence[Any]) -> dict[str, bool]:
-    """Inductor's layout optimization off where it has nothing to do, and on (as it is by default) elsewhere.
+def layout_patches(gm: fx.GraphModule) -> dict[str, bool]:
+    """Inductor's layout optimization off where it has nothing to do: where the model's convolutions read channels_last.
 
     It turns everything of four dimensions before a convolution into channels_last memory, packed words included: with
-    ResNet-18 it transposed and copied them in both directions, 30 kernels a step. Images that come in channels_last
-    stay so without it.
+    ResNet-18 it transposed and copied them in both directions, 30 kernels a step. Elsewhere its setting is not touched.
     """
-    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter)]
-    images = [x for x in tensors if x.dim() == 4 and x.is_floating_point()]
-    if images and all(is_contiguous_for_memory_format_or_false(x, memory_format=torch.channels_last) for x in images):
+    convolutions = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in CONVOLUTIONS]
+    images = [node.args[0].meta.get("example_value") for node in convolutions if isinstance(node.args[0], fx.Node)]
+    if images and len(images) == len(convolutions) and all(map(_is_channels_last, images)):
         return {"layout_optimization": False}
     return {}
+
+
+def _is_channels_last(x: Any) -> bool:
+    """Four dimensions in channels_last memory, and not also in the default order (one channel or one pixel)."""
+    if not isinstance(x, torch.Tensor) or x.dim() != 4 or is_contiguous_or_false(x):
+        return False
+    return is_contiguous_for_memory_format_or_false(x, memory_format=torch.channels_last)
 
 
 def device_types(example_inputs: Sequence[Any]) -> set[str]:

@@ -120,7 +120,7 @@ class BenchSettings:
 
 
 def bench(settings: BenchSettings, say: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
-    """Measure and return the report; ``say`` receives a line for every process that starts.
+    """Measure and return the report; ``say`` receives a line for everything that takes time.
 
     Keys (times in seconds, memory in bytes; "per variant" is a dictionary by name of the variant)
     ----
@@ -129,7 +129,7 @@ def bench(settings: BenchSettings, say: Callable[[str], object] = lambda text: N
     speedup_fp32, speedup_bf16: median of the best float32 (bf16) variant / median of ``"fqt1bit"``; None without.
     ratios: per variant the same two quotients, ``fp32`` and ``bf16``; below 1 the variant is slower.
     compile: per variant ``compile_s`` (first step minus a median step) and ``compile_cached``.
-    failed: per variant that could not take a step, why; it is missing everywhere else.
+    failed: per variant that could not take all its steps, why; it is missing everywhere else.
     saved_bytes: per variant, what autograd holds between forward and backward, without parameters, buffers, images.
     saved_ratio: per variant, how many times less that is than Inductor's float32; None without it.
     peak_rss: per variant, peak resident memory of a process that runs warm steps of nothing else.

@@ -50,7 +50,10 @@ class Worker:
             self.errors.seek(0)
             lines = [line.strip() for line in self.errors if line.strip()] or ["it wrote nothing"]
             raise BenchError(f"its process ended with status {status}: {lines[-1][:REASON_LENGTH]}")
-        result = json.loads(answer)
+        try:
+            result = json.loads(answer)
+        except json.JSONDecodeError:  # cut off, or written by somebody else
+            raise BenchError(f"its process answered {answer[:REASON_LENGTH]!r}; accepted: a line of JSON") from None
         if "error" in result:
             raise BenchError(result["error"][:REASON_LENGTH])
         return result["value"]
@@ -60,7 +63,7 @@ class Worker:
 def start_worker(settings: BenchSettings, variant: str, environment: Mapping[str, str]) -> Iterator[Worker]:
     """A `Worker` in a fresh process, which ends with the context."""
     command = [sys.executable, "-m", "fqt_compile.bench_worker", json.dumps(settings.record()), variant]
-    with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads could fill up
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:  # a pipe that nobody reads could fill up
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -92,7 +95,7 @@ def measure_steps(
             return workers[name].ask(request)
         except BenchError as error:
             failed[name] = str(error)
-            del workers[name]
+            workers.pop(name).process.kill()  # its memory is wanted by the others
 
     first = {}
     with contextlib.ExitStack() as stack:

@@ -57,8 +57,9 @@ class FQTConfig:
     check_finite: debug: raise `NonFiniteError`, naming the layer, when a NaN or Inf reaches a packed layer.
     float_dtype: the products of layers left in float run in ``"float32"`` (as the model says) or in
         ``"bfloat16"``, about twice as fast where the CPU has bfloat16 instructions; float32 models only.
-    save_outputs: keep the integer outputs of the products for the backward, 2 bytes an element, instead of computing
-        them again. Worth it where nothing is pruned (``keep=1``); with pruning only the kept rows are computed again.
+    save_outputs: keep the integer outputs of the products for the backward (2 bytes an element, 4 where int16 is too
+        small) instead of computing them again. Worth it where nothing is pruned (``keep=1``): with rows chosen once per
+        step, only the kept ones are computed again, and nothing more is saved.
     reuse_memory: let the C library keep freed memory for the next step, in the whole process and for good (glibc;
         `kernels.memory`): page faults would cost as much as the products.
     lowering: ``"native"`` generated kernels inside Inductor; ``"eager"`` interprets the same rewritten

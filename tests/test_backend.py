@@ -15,7 +15,7 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from fqt_compile import FQTConfig, compare, eager, fqt1bit
-from fqt_compile.backend import FQTPass
+from fqt_compile.backend import FQTPass, layout_patches
 from fqt_compile.errors import ConfigError, FQTWarning, NonFiniteError
 from fqt_compile.results import measure_saved_bytes
 
@@ -193,13 +193,45 @@ def test_packed_words_are_not_taken_for_images():
         net, nn.Conv2d(32, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )  # the last one is left in float
     x = torch.randn(8, 3, 12, 12)
-    for memory_format, taken in ((torch.channels_last, False), (torch.contiguous_format, True)):
+    copied = {}
+    for memory_format in (torch.channels_last, torch.contiguous_format):
         torch._dynamo.reset()
         images = x.contiguous(memory_format=memory_format)
         run = torch.compile(model.to(memory_format=memory_format), backend="fqt1bit")
         _, code = run_and_get_code(lambda run=run, images=images: run(images).sum().backward())
-        copied = re.findall(r"empty_strided_cpu\(\(8, \d+, \d+, \d+\), \(.*\), torch.int64\)", "\n".join(code))
-        assert bool(copied) == taken, memory_format
+        assert any("fqt.output_product" in text for text in code)
+        copied[memory_format] = len(
+            re.findall(r"empty_strided_cpu\(\(8, \d+, \d+, \d+\), .*, torch.int64", "".join(code))
+        )
+    assert copied[torch.channels_last] == 0
+    # If this fails, Inductor has stopped doing so, and layout_patches is not needed any more.
+    assert copied[torch.contiguous_format] > 0
+
+
+def test_the_layout_is_left_to_inductor_unless_all_convolutions_read_channels_last():
+    found = []
+
+    def backend(gm, example_inputs):
+        found.append(layout_patches(gm))
+        return gm
+
+    class Contiguous(nn.Module):
+        def forward(self, x):
+            return x.contiguous()
+
+    two, one = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)), nn.Sequential(nn.Conv2d(1, 4, 3))
+    moved = nn.Sequential(nn.Conv2d(4, 4, 3), Contiguous(), nn.Conv2d(4, 4, 1))
+    cases = [
+        (two, torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last), {"layout_optimization": False}),
+        (two, torch.randn(2, 4, 8, 8), {}),
+        (one, torch.randn(2, 1, 8, 8), {}),  # both orders at once
+        (moved, torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last), {}),
+        (nn.Linear(4, 4), torch.randn(2, 4), {}),
+    ]
+    for model, x, expected in cases:
+        torch._dynamo.reset()
+        torch.compile(model, backend=backend)(x)
+        assert found.pop() == expected, (model, x.stride())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

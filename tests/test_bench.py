@@ -9,6 +9,7 @@ import statistics
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -72,6 +73,8 @@ def no_bfloat16(num_classes: int) -> nn.Module:
 
 class WorkerHere(bench_worker.Worker):
     """In this process, with eager models in place of compiled ones: nothing is compiled, no process is started."""
+
+    process = types.SimpleNamespace(kill=lambda: None)
 
     def ask(self, request):
         try:
@@ -211,6 +214,29 @@ def test_a_failing_variant_is_reported_and_left_out():
     assert figures["failed"]["eager bf16"] == "TypeError: no bfloat16 here"
     assert figures["steps"].keys() == figures["saved_bytes"].keys() == {*FLOAT32, OURS}
     assert figures["compile"].keys() == {"inductor float32", OURS}
+
+
+class Tired(WorkerHere):
+    """Writes down what it is asked, and fails in its second round."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def ask(self, request):
+        self.asked.append((self.variant, request))
+        if self.variant == "eager bf16" and self.asked.count((self.variant, request)) == 2:
+            raise BenchError("too tired")
+        return super().ask(request)
+
+
+def test_variants_take_turns_and_a_later_failure_leaves_one_out(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "WorkerHere", Tired)
+    monkeypatch.setattr(BenchSettings, "variants", ("eager float32", "eager bf16", OURS))
+    figures = steps_here(BenchSettings(model=TINY, batch=2, size=8, rounds=3, warm=1))
+    timed = [variant for variant, request in Tired.asked if request == "step_twice"]
+    assert timed == ["eager float32", "eager bf16", OURS] * 2 + ["eager float32", OURS]
+    assert figures["failed"] == {"eager bf16": "too tired"}
+    assert figures["steps"].keys() == figures["saved_bytes"].keys() == {"eager float32", OURS}
+    assert all(len(step["all_s"]) == 3 for step in figures["steps"].values())
 
 
 def test_processes_take_turns_answer_and_say_why_they_ended():
