@@ -13,6 +13,8 @@
 // Phase 2 is an and-popcount matrix product. Positions are processed in pieces, so that one piece of a panel stays
 // in L1 while all bit planes pass, and memory is bounded; pieces add up in acc. After the last piece the 8 output
 // channels of a unit may be finished while they are in cache (grad_weight): dequantized, and through the binarization.
+// Where one piece is all, their acc is then memory of the thread, which never leaves its cache, and the products, which
+// read little from memory, fetch what finishing needs from there.
 
 struct Geometry {
 {% for field in geometry %}
@@ -185,13 +187,13 @@ struct GradWeight {
                     [&](int r, Half low, Half high) { store_counts(to + r * tap_panels * PANEL, PANEL, low, high); });
   }
 
-  // Phase 2 for one tap, 8 output channels and 16 input channels.
+  // Phase 2 for one tap, 8 output channels and 16 input channels; acc of these output channels.
   template <bool SIGN>
   void multiply(i64 tap, i64 tile, i64 panel, i64 first, i64 words, i32* acc) const {
     const Run run{0, 0, filled[tap]};
     const i64 columns_left = g.in_channels - panel * PANEL;
     const int rows = int(std::min<i64>(TILE, g.out_channels - tile * TILE));
-    i32* to = acc + (tile * TILE * taps + tap) * g.in_channels + panel * PANEL;
+    i32* to = acc + tap * g.in_channels + panel * PANEL;
     const i32* counted = inside_counts + tile * TILE * tap_panels * PANEL + tap;
     auto store = [&](int r, Half low, Half high) {
       if (r >= rows) return;
@@ -233,7 +235,8 @@ struct GradWeight {
     }
   }
 
-  // finish(tile) is called when the sums of its 8 output channels are complete.
+  // finish(tile, acc) is called when the sums of its 8 output channels are complete, and finish.expect(tile, part, parts)
+  // between its products before. acc of all, or null where they are complete after this piece and needed by finish only.
   template <bool SIGN, class Finish>
   void multiply_all(i64 first, i64 words, i32* acc, i32* code_sum, i64 threads, Finish finish) const {
     if (SIGN)
@@ -242,10 +245,16 @@ struct GradWeight {
     parallel_for(taps * panels, threads,
                  [&](i64 unit) { sum_codes(unit / panels, unit % panels, first, words, SIGN, code_sum); });
     // A unit keeps the lanes of 8 channels in L2 and passes the panels of all taps.
+    const i64 size = TILE * taps * g.in_channels;
     parallel_for(tiles(), threads, [&](i64 tile) {
-      for (i64 tap = 0; tap < taps; ++tap)
-        for (i64 panel = 0; panel < panels; ++panel) multiply<SIGN>(tap, tile, panel, first, words, acc);
-      if ((first + words) * WORD >= positions()) finish(tile);
+      static thread_local Buffer own;
+      i32* sums = acc ? acc + tile * size : own.get<i32>(size);
+      const bool last = (first + words) * WORD >= positions();
+      for (i64 unit = 0; unit < taps * panels; ++unit) {
+        multiply<SIGN>(unit / panels, tile, unit % panels, first, words, sums);
+        if (last) finish.expect(tile, unit, taps * panels);
+      }
+      if (last) finish(tile, sums);
     });
   }
 
@@ -292,6 +301,43 @@ static GradWeight make_product(const u64* lanes, i64 bits, const u64* x, const i
   return product;
 }
 
+struct NothingMore {
+  void operator()(i64, const i32*) const {}
+  void expect(i64, i64, i64) const {}
+};
+
+// Dequantizes 8 output channels, s acc + z code_sum, and passes them through the binarization.
+struct FinishGradient {
+  const WeightGradient& through;
+  const i32* code_sum;
+  const float *scale, *zero;
+  i64 out_channels;
+  float* grad;
+
+  i64 size() const { return through.taps * through.channels; }
+  i64 begin(i64 tile) const { return std::min(out_channels, tile * TILE); }
+
+  void operator()(i64 tile, const i32* acc) const {
+    static thread_local Buffer values;
+    float* grad_hat = values.get<float>(size());
+    for (i64 o = begin(tile); o < begin(tile + 1); ++o, acc += size()) {
+      const float s = scale[o], z = zero[o];
+      for (i64 i = 0; i < size(); ++i) grad_hat[i] = s * float(acc[i]) + z * float(code_sum[i]);
+      through.channel(o, grad_hat, grad);
+    }
+  }
+
+  // One of `parts` parts of the weight and its gradient into the cache. Not inlined, GCC takes it for empty.
+  inline __attribute__((always_inline)) void expect(i64 tile, i64 part, i64 parts) const {
+    constexpr i64 LINE = 64 / sizeof(float);
+    const i64 first = begin(tile) * size(), lines = ceil_div(begin(tile + 1) * size() - first, LINE);
+    for (i64 line = lines * part / parts; line < lines * (part + 1) / parts; ++line) {
+      __builtin_prefetch(through.weight + first + line * LINE, 0);
+      __builtin_prefetch(grad + first + line * LINE, 1);
+    }
+  }
+};
+
 // acc int32 [C_o][taps][C_i], code_sum int32 [taps][C_i]; x rows [batch][IH][IW][CW].
 EXPORT i64 grad_weight_product(const u64* lanes, i64 bits, const u64* x, const i32* kept, i64 kept_count,
                                const Geometry* geometry, i64 sign, i32* acc, i32* code_sum, i64 threads) {
@@ -302,7 +348,7 @@ EXPORT i64 grad_weight_product(const u64* lanes, i64 bits, const u64* x, const i
     std::fill(code_sum, code_sum + product.taps * product.g.in_channels, 0);
     return OK;
   }
-  product.run(sign, acc, code_sum, threads, [](i64) {});
+  product.run(sign, acc, code_sum, threads, NothingMore{});
   return OK;
 }
 
@@ -315,25 +361,17 @@ EXPORT i64 grad_weight(const u64* lanes, i64 bits, const u64* x, const i32* kept
   if (product.used < 0) return BAD_INDEX;
   const Geometry& g = product.g;
   const i64 size = product.taps * g.in_channels;
+  const bool at_once = product.positions() <= PIECE * WORD;
   static thread_local Buffer sums;
-  i32* code_sum = sums.get<i32>(size * (g.out_channels + 1));
+  i32* code_sum = sums.get<i32>(size * (1 + (at_once ? TILE : g.out_channels)));
   i32* acc = code_sum + size;
   const WeightGradient through{weight, weight_scale, g.in_channels, product.taps, bool(by_tap), bool(xnor)};
-  auto finish = [&](i64 tile) {
-    static thread_local Buffer values;
-    float* grad_hat = values.get<float>(size);
-    for (i64 o = tile * TILE; o < std::min(g.out_channels, (tile + 1) * TILE); ++o) {
-      const float s = scale[o], z = zero[o];
-      const i32* from = acc + o * size;
-      for (i64 i = 0; i < size; ++i) grad_hat[i] = s * float(from[i]) + z * float(code_sum[i]);
-      through.channel(o, grad_hat, grad);
-    }
-  };
+  const FinishGradient finish{through, code_sum, scale, zero, g.out_channels, grad};
   if (product.positions()) {
-    product.run(sign, acc, code_sum, threads, finish);
+    product.run(sign, at_once ? nullptr : acc, code_sum, threads, finish);
     return OK;
   }
-  std::memset(code_sum, 0, size * (g.out_channels + 1) * sizeof(i32));
-  for (i64 tile = 0; tile < product.tiles(); ++tile) finish(tile);
+  std::memset(code_sum, 0, size * (1 + TILE) * sizeof(i32));
+  for (i64 tile = 0; tile < product.tiles(); ++tile) finish(tile, acc);
   return OK;
 }

@@ -5,12 +5,14 @@
 // Every sum runs in NHWC order (taps outside, channels inside). A weight stored as [C_o][C_i][taps] (`by_tap`
 // false) is brought into that order one output channel at a time, in scratch memory that stays in cache.
 
-static void pack_channel(const float* w, i64 channels, i64 taps, u64* panel) {
+// `next`: what is read after this channel; on its way from memory meanwhile.
+static void pack_channel(const float* w, const float* next, i64 channels, i64 taps, u64* panel) {
   const i64 words = ceil_div(channels, WORD);
   for (i64 t = 0; t < taps; ++t)
     for (i64 k = 0; k < words; ++k) {
       const float* from = w + t * channels + k * WORD;
       const i64 count = channels - k * WORD;
+      for (int i = 0; i < WORD; i += 16) __builtin_prefetch(next + t * channels + k * WORD + i);
       float padded[WORD];
       if (count < WORD) {
         std::memcpy(padded, from, count * sizeof(float));
@@ -31,7 +33,7 @@ EXPORT i64 quantize_weight(const float* weight, i64 out_channels, i64 channels, 
     if (last < first + PANEL) std::fill(panels + j * panel_words, panels + (j + 1) * panel_words, 0);
     for (i64 c = first; c < last; ++c) {
       const float* w = nhwc_channel(weight + c * size, channels, taps, by_tap, scratch);
-      pack_channel(w, channels, taps, panels + j * panel_words + c % PANEL);
+      pack_channel(w, weight + (c + 1) * size, channels, taps, panels + j * panel_words + c % PANEL);
       scale[c] = xnor ? lane_sum(size, [&](i64 i) { return std::fabs(w[i]); }) / float(size) : 1.0f;
     }
   });
