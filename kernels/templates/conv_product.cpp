@@ -15,7 +15,7 @@ struct Geometry {
 };
 
 struct Member {
-  i64 output, input;  // position of the output, position of the input under the first tap
+  i64 output, input;  // a position of the output, and that of the input under its first tap
 };
 
 // Positions of one axis that share their taps: first, first + step, ... (count of them).
@@ -61,11 +61,15 @@ struct Axis {
 
 // Positions that share their taps on both axes.
 struct TapClass {
-  const AxisClass *h, *w;
+  std::vector<Member> members;  // as offsets in the memory of an image
   std::vector<Run> runs;
   std::vector<i32> base;  // per channel
   i64 first_tile;
-  i64 positions() const { return i64(h->members.size() * w->members.size()); }
+};
+
+// The next position of a class to compute.
+struct Cursor {
+  i64 image, position;
 };
 
 struct Product {
@@ -94,6 +98,14 @@ struct Product {
         else runs.push_back(run);
       }
     return runs;
+  }
+
+  std::vector<Member> members_of(const AxisClass& h, const AxisClass& w) const {
+    std::vector<Member> members;
+    for (const Member& mh : h.members)
+      for (const Member& mw : w.members)
+        members.push_back({(mh.output * g.out_w + mw.output) * g.channels, (mh.input * g.in_w + mw.input) * g.words});
+    return members;
   }
 
   // popcount of the weights of every tap and channel, [taps][panels * 16]
@@ -126,75 +138,77 @@ struct Product {
     panels = ceil_div(g.channels, PANEL);
     h_classes = rows.classes();
     w_classes = columns.classes();
-    std::vector<i32> counts = sign ? std::vector<i32>() : tap_counts();
+    const std::vector<i32> counts = sign ? std::vector<i32>() : tap_counts();
     tiles = 0;
     for (const AxisClass& h : h_classes)
       for (const AxisClass& w : w_classes) {
-        TapClass c{&h, &w, runs_of(h, w), {}, tiles};
+        TapClass c{members_of(h, w), runs_of(h, w), {}, tiles};
         const i32 products = i32(contraction * h.count * w.count);
         c.base = sign ? std::vector<i32>(panels * PANEL, products) : class_counts(c, counts);
         if (weight_sum) fill_weight_sum(c, products, weight_sum);
         if (!sign)
           for (i32& value : c.base) value *= i32((1 << planes) - 1);
-        tiles += ceil_div(g.batch * c.positions(), TILE);
+        tiles += ceil_div(g.batch * i64(c.members.size()), TILE);
         classes.push_back(std::move(c));
       }
   }
 
   // The product with code 1 everywhere: 2 * popcount - number of products.
   void fill_weight_sum(const TapClass& c, i32 products, i32* weight_sum) const {
-    for (const Member& h : c.h->members)
-      for (const Member& w : c.w->members) {
-        i32* to = weight_sum + (h.output * g.out_w + w.output) * g.channels;
-        for (i64 i = 0; i < g.channels; ++i) to[i] = 2 * c.base[i] - products;
-      }
+    for (const Member& member : c.members)
+      for (i64 i = 0; i < g.channels; ++i) weight_sum[member.output + i] = 2 * c.base[i] - products;
   }
 
-  // Rows of one tile and where their results go; returns how many of the 8 are used.
-  int locate(const TapClass& c, i64 tile, RowPointers& from, i64* to) const {
-    const i64 w_count = i64(c.w->members.size()), h_count = i64(c.h->members.size());
-    const i64 first = (tile - c.first_tile) * TILE;
-    const int used = int(std::min<i64>(TILE, g.batch * c.positions() - first));
-    i64 w = first % w_count, h = first / w_count % h_count, n = first / w_count / h_count;
-    for (int r = 0; r < TILE; ++r) {
-      if (r >= used) {
-        from.row[r] = from.row[0];
-        continue;
-      }
-      const Member &mh = c.h->members[h], &mw = c.w->members[w];
-      from.row[r] = words + ((n * g.in_h + mh.input) * g.in_w + mw.input) * g.words;
-      to[r] = ((n * g.out_h + mh.output) * g.out_w + mw.output) * g.channels;
-      if (++w == w_count) {
-        w = 0;
-        if (++h == h_count) h = 0, ++n;
-      }
+  // The first position of a tile.
+  Cursor start(const TapClass& c, i64 tile) const {
+    const i64 first = (tile - c.first_tile) * TILE, positions = i64(c.members.size());
+    return {first / positions, first % positions};
+  }
+
+  // Rows of the next tile and where their results go; returns how many of the 8 are used. The others repeat the first.
+  int locate(const TapClass& c, Cursor& at, RowPointers& from, i64* to) const {
+    const i64 positions = i64(c.members.size()), in_size = g.in_h * g.in_w * g.words;
+    const i64 out_size = g.out_h * g.out_w * g.channels;
+    const int used = int(std::min<i64>(TILE, (g.batch - at.image) * positions - at.position));
+    const u64* image = words + at.image * in_size;
+    i64 out = at.image * out_size;
+    for (int r = 0; r < used; ++r) {
+      const Member& member = c.members[at.position];
+      from.row[r] = image + member.input;
+      to[r] = out + member.output;
+      if (++at.position == positions) at.position = 0, ++at.image, image += in_size, out += out_size;
     }
+    for (int r = used; r < TILE; ++r) from.row[r] = from.row[0], to[r] = to[0];
     return used;
   }
 
   // Tiles x panels begin .. end - 1, panels fastest.
   template <bool SIGN, class Element>
   void compute(i64 begin, i64 end, Element* out) const {
+    Element spare[TILE * PANEL];  // where the last panel is not full
+    i64 spare_rows[TILE];
+    for (int r = 0; r < TILE; ++r) spare_rows[r] = r * PANEL;
     RowPointers from;
     from.plane_stride = g.batch * g.in_h * g.in_w * g.words;
+    i64 tile = begin / panels, first = begin % panels;
     size_t index = 0;
-    while (begin < end) {
-      const i64 tile = begin / panels, first = begin % panels, last = std::min(panels, first + end - begin);
-      while (index + 1 < classes.size() && classes[index + 1].first_tile <= tile) ++index;
+    while (index + 1 < classes.size() && classes[index + 1].first_tile <= tile) ++index;
+    for (Cursor at = start(classes[index], tile); begin < end; ++tile, first = 0) {
+      while (index + 1 < classes.size() && classes[index + 1].first_tile <= tile) ++index, at = {};
       const TapClass& c = classes[index];
+      const i64 last = std::min(panels, first + end - begin);
       i64 to[TILE];
-      const int used = locate(c, tile, from, to);
+      const int used = locate(c, at, from, to);
       for (i64 j = first; j < last; ++j) {
-        const i64 channel = j * PANEL;
-        Half base[2];
-        std::memcpy(base, &c.base[channel], sizeof base);
-        auto store = [&](int r, Half low, Half high) {
-          if (r >= used) return;
-          if (SIGN) low += low, high += high;
-          store_counts(out + to[r] + channel, g.channels - channel, base[0] - low, base[1] - high);
-        };
+        const i64 channel = j * PANEL, left = g.channels - channel;
+        const Columns base = load_columns(&c.base[channel]);
+        Element* const target = left < PANEL ? spare : out + channel;
+        const i64* const row = left < PANEL ? spare_rows : to;
+        auto store = [&](int r, Columns count) { store_columns(target + row[r], base - (SIGN ? count + count : count)); };
         count_tile<Xor>(from, SIGN ? 1 : int(planes), c.runs.data(), int(c.runs.size()), weights + j * panel_words(),
                         store);
+        for (int r = 0; left < PANEL && r < used; ++r)
+          std::memcpy(out + to[r] + channel, spare + spare_rows[r], left * sizeof(Element));
       }
       begin += last - first;
     }

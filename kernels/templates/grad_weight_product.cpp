@@ -184,40 +184,36 @@ struct GradWeight {
     const Run run{0, 0, words};
     i32* to = inside_counts + tile * TILE * tap_panels * PANEL + tap_panel * PANEL;
     count_tile<And>(lane_tile(tile, first), int(bits), &run, 1, inside + tap_panel * words * PANEL,
-                    [&](int r, Half low, Half high) { store_counts(to + r * tap_panels * PANEL, PANEL, low, high); });
+                    [&](int r, Columns sum) { store_columns(to + r * tap_panels * PANEL, sum); });
   }
 
   // Phase 2 for one tap, 8 output channels and 16 input channels; acc of these output channels.
   template <bool SIGN>
   void multiply(i64 tap, i64 tile, i64 panel, i64 first, i64 words, i32* acc) const {
     const Run run{0, 0, filled[tap]};
-    const i64 columns_left = g.in_channels - panel * PANEL;
-    const int rows = int(std::min<i64>(TILE, g.out_channels - tile * TILE));
+    const i64 used_columns = std::min<i64>(PANEL, g.in_channels - panel * PANEL), row_size = taps * g.in_channels;
+    const int used_rows = int(std::min<i64>(TILE, g.out_channels - tile * TILE));
     i32* to = acc + tap * g.in_channels + panel * PANEL;
     const i32* counted = inside_counts + tile * TILE * tap_panels * PANEL + tap;
-    auto store = [&](int r, Half low, Half high) {
-      if (r >= rows) return;
-      if (SIGN) {
-        const u32 inside_count = u32(counted[r * tap_panels * PANEL]);
-        low += low - inside_count;
-        high += high - inside_count;
-      }
-      i32* row = to + r * taps * g.in_channels;
-      if (first) {
-        Half before[2];
-        load_counts(row, columns_left, before);
-        low += before[0], high += before[1];
-      }
-      store_counts(row, columns_left, low, high);
+    const bool whole = used_columns == PANEL && used_rows == TILE;
+    i32 spare[TILE * PANEL];
+    if (!whole) std::memset(spare, 0, sizeof spare);
+    if (!whole && first) copy(to, row_size, used_rows, used_columns, spare, PANEL);
+    i32* const target = whole ? to : spare;
+    const i64 stride = whole ? row_size : PANEL;
+    for (int r = 0; r < TILE; ++r) __builtin_prefetch(target + r * stride, 1);
+    auto store = [&](int r, Columns sum) {
+      if (SIGN) sum += sum - u32(counted[r * tap_panels * PANEL]);
+      if (first) sum += load_columns(target + r * stride);
+      store_columns(target + r * stride, sum);
     };
     const LaneTile rows_of = dense[tap] ? dense_tile(tap, tile, words) : lane_tile(tile, first);
     count_tile<And>(rows_of, int(bits), &run, 1, column(tap, panel, words), store);
+    if (!whole) copy(spare, PANEL, used_rows, used_columns, to, row_size);
   }
 
-  static void load_counts(const i32* from, i64 columns, Half* to) {
-    i32 all[PANEL] = {};
-    for (i64 c = 0; c < std::min<i64>(columns, PANEL); ++c) all[c] = from[c];
-    std::memcpy(to, all, sizeof all);
+  static void copy(const i32* from, i64 from_stride, i64 rows, i64 columns, i32* to, i64 to_stride) {
+    for (i64 r = 0; r < rows; ++r) std::memcpy(to + r * to_stride, from + r * from_stride, columns * sizeof(i32));
   }
 
   // The product with q = 1: of one tap and 16 input channels.

@@ -37,7 +37,7 @@ struct LaneTile {
   i64 start(int plane, const Run& run) const { return plane * plane_stride + run.a; }
 };
 
-typedef u32 Half __attribute__((vector_size(32)));  // counts of 8 columns
+typedef u32 Columns __attribute__((vector_size(4 * PANEL)));  // a row's counts, one per column
 
 #if defined(__AVX512VPOPCNTDQ__)
 
@@ -46,18 +46,24 @@ typedef u64 V64 __attribute__((vector_size(64)));
 INLINE V64 load64(const u64* p) { return V64(_mm512_loadu_si512(p)); }
 INLINE V64 popcount64(V64 x) { return V64(_mm512_popcnt_epi64(__m512i(x))); }
 
-// store(r, low, high) receives the counts of row r, columns 0..7 and 8..15. 16 accumulators stay in registers.
+// The low halves of 16 counts.
+INLINE Columns narrow_counts(V64 low, V64 high) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return Columns(_mm512_permutex2var_epi32(__m512i(low), even, __m512i(high)));
+}
+
+// store(r, counts) receives row r. 16 accumulators stay in registers.
 template <class Op, class Rows, class Store>
 INLINE void count_tile(const Rows& rows, int planes, const Run* runs, int run_count, const u64* panel, Store store) {
   V64 low[TILE], high[TILE];
 #pragma GCC unroll 8
   for (int r = 0; r < TILE; ++r) low[r] = high[r] = V64{};
-  for (int p = planes - 1; p >= 0; --p) {
-#pragma GCC unroll 8
-    for (int r = 0; r < TILE; ++r) low[r] += low[r], high[r] += high[r];
+  for (int p = planes - 1;; --p) {
     for (const Run* run = runs; run != runs + run_count; ++run) {
       const u64* column = panel + run->b * PANEL;
       const i64 begin = rows.start(p, *run), end = begin + run->length;
+      // Loaded earlier, the rows' pointers take the place of others, or wait in vector registers.
+      __asm__ volatile("" : : "r"(&rows) : "memory");
       for (i64 k = begin; k < end; ++k, column += PANEL) {
         const V64 b0 = load64(column), b1 = load64(column + 8);
 #pragma GCC unroll 8
@@ -68,10 +74,12 @@ INLINE void count_tile(const Rows& rows, int planes, const Run* runs, int run_co
         }
       }
     }
+    if (p <= 0) break;
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE; ++r) low[r] += low[r], high[r] += high[r];
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < TILE; ++r)
-    store(r, __builtin_convertvector(low[r], Half), __builtin_convertvector(high[r], Half));
+  for (int r = 0; r < TILE; ++r) store(r, narrow_counts(low[r], high[r]));
 }
 
 #else
@@ -159,9 +167,9 @@ INLINE void count_rows(const Rows& rows, int r, int planes, const Run* runs, int
   for (int q = 0; q < ROWS_AT_ONCE; ++q) {
     u64 wide[PANEL];
     std::memcpy(wide, total[q], sizeof wide);
-    Half low, high;
-    for (int c = 0; c < 8; ++c) low[c] = u32(wide[c]), high[c] = u32(wide[c + 8]);
-    store(r + q, low, high);
+    Columns counts;
+    for (int c = 0; c < PANEL; ++c) counts[c] = u32(wide[c]);
+    store(r + q, counts);
   }
 }
 
@@ -173,18 +181,16 @@ INLINE void count_tile(const Rows& rows, int planes, const Run* runs, int run_co
 
 #endif
 
-// Store the counts of up to 16 columns as int32 or int16.
+// For `store`, which must call nothing: no vector register keeps its value in a call, not even one that is rarely made.
 template <class Element>
-INLINE void store_counts(Element* to, i64 columns, Half low, Half high) {
-  typedef Element Eight __attribute__((vector_size(8 * sizeof(Element))));
-  const Eight first = __builtin_convertvector(low, Eight), second = __builtin_convertvector(high, Eight);
-  if (columns >= PANEL) {
-    std::memcpy(to, &first, sizeof first);
-    std::memcpy(to + 8, &second, sizeof second);
-    return;
-  }
-  Element all[PANEL];
-  std::memcpy(all, &first, sizeof first);
-  std::memcpy(all + 8, &second, sizeof second);
-  for (i64 c = 0; c < columns; ++c) to[c] = all[c];
+INLINE void store_columns(Element* to, Columns columns) {
+  typedef Element Elements __attribute__((vector_size(PANEL * sizeof(Element))));
+  const Elements elements = __builtin_convertvector(columns, Elements);
+  std::memcpy(to, &elements, sizeof elements);
+}
+
+INLINE Columns load_columns(const i32* from) {
+  Columns columns;
+  std::memcpy(&columns, from, sizeof columns);
+  return columns;
 }
