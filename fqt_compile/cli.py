@@ -290,7 +290,7 @@ def _model_and_images(arch: str, size: int, batch: int, classes: int) -> tuple[t
     torch.manual_seed(0)
     model = make_model(arch, classes=classes, size=size)
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return model.to(memory_format=torch.channels_last).train(), images
+    return model.train(), images
 
 
 def _make_folder(file: Path) -> None:

@@ -232,7 +232,7 @@ class Trainer:
             state = read_weights(settings.arch, settings.weights)
             for line in load_weights(model, state, head_name(model), settings.weights):
                 self.console.print(line, markup=False)
-        return model.to(memory_format=torch.channels_last)
+        return model
 
     def _compile(self, stage: Stage, record: dict[str, Any]) -> results.Step:
         """The compiled step for the stage's arithmetic: a new one unless the last stage had the same."""

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 
 from .checkpoint import write_atomic
 from .data import optional_import
+from .kernels.codegen import machine_name
 
 Step = Callable[[Tensor], Tensor]
 LABELS = {"float32": "float32 (Inductor)", "qat": "QAT (packed forward)", "fqt": "FQT (packed both ways)"}
@@ -93,8 +94,7 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    return {"versions": versions, "cpu": cpu, "threads": torch.get_num_threads()}
+    return {"versions": versions, "cpu": machine_name(), "threads": torch.get_num_threads()}
 
 
 def table(results: Mapping[str, Any]) -> Table:

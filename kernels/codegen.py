@@ -150,11 +150,15 @@ def _intact(library: Path) -> bool:
 
 
 def machine_name() -> str:
-    """The processor as the system names it."""
+    """The processor as the system names it; with family and model on Linux, where several may share a name."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return platform.processor()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        fields = {
+            name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())
+        }
+        if "model name" in fields:
+            return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

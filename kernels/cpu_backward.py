@@ -77,15 +77,14 @@ def keep_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
 
 def gather_words(words: Tensor, rows: Tensor) -> Tensor:
     gathered = words.index_select(0, rows.clamp(min=0))
-    if bool((rows < 0).any()):
-        gathered[rows < 0] = 0
+    unused = rows < 0
+    if bool(unused.any()):
+        gathered[unused] = 0
     return gathered
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    gathered = packing.channels_last(x).contiguous().index_select(0, rows.clamp(min=0))
-    gathered[rows < 0] = 0
-    return packing.channels_second(gathered)
+    return packing.channels_second(gather_words(packing.channels_last(x).contiguous(), rows))
 
 
 def scatter_rows(kept: Tensor, rows: Tensor, size: int) -> Tensor:

@@ -132,7 +132,7 @@ struct Product {
     return sum;
   }
 
-  void prepare(bool transposed, i64 contraction, i32* weight_sum) {
+  void prepare(bool transposed, i64 contraction, i32* weight_sum, i64 threads) {
     rows = {g.in_h, g.out_h, g.kernel_h, g.stride_h, g.padding_h, transposed};
     columns = {g.in_w, g.out_w, g.kernel_w, g.stride_w, g.padding_w, transposed};
     panels = ceil_div(g.channels, PANEL);
@@ -145,7 +145,7 @@ struct Product {
         TapClass c{members_of(h, w), runs_of(h, w), {}, tiles};
         const i32 products = i32(contraction * h.count * w.count);
         c.base = sign ? std::vector<i32>(panels * PANEL, products) : class_counts(c, counts);
-        if (weight_sum) fill_weight_sum(c, products, weight_sum);
+        if (weight_sum) fill_weight_sum(c, products, weight_sum, threads);
         if (!sign)
           for (i32& value : c.base) value *= i32((1 << planes) - 1);
         tiles += ceil_div(g.batch * i64(c.members.size()), TILE);
@@ -154,9 +154,12 @@ struct Product {
   }
 
   // The product with code 1 everywhere: 2 * popcount - number of products.
-  void fill_weight_sum(const TapClass& c, i32 products, i32* weight_sum) const {
-    for (const Member& member : c.members)
-      for (i64 i = 0; i < g.channels; ++i) weight_sum[member.output + i] = 2 * c.base[i] - products;
+  void fill_weight_sum(const TapClass& c, i32 products, i32* weight_sum, i64 threads) const {
+    const i64 count = i64(c.members.size());
+    parallel_for(count, useful_threads(count * g.channels, threads), [&](i64 m) {
+      i32* to = weight_sum + c.members[m].output;
+      for (i64 i = 0; i < g.channels; ++i) to[i] = 2 * c.base[i] - products;
+    });
   }
 
   // The first position of a tile.
@@ -236,7 +239,7 @@ EXPORT i64 conv_product(const u64* words, i64 planes, const u64* weights, const 
   product.sign = sign;
   product.words = words;
   product.weights = weights;
-  product.prepare(transposed, contraction, weight_sum);
+  product.prepare(transposed, contraction, weight_sum, threads);
   if (narrow) run(product, planes, sign, static_cast<i16*>(out), threads);
   else run(product, planes, sign, static_cast<i32*>(out), threads);
   return OK;

@@ -23,15 +23,36 @@ struct Geometry {
 };
 
 constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel
-#if defined(__AVX512VPOPCNTDQ__) && defined(__BMI2__)
-constexpr bool EXTRACTS = true;
-INLINE u64 extract(u64 bits, u64 mask) { return _pext_u64(bits, mask); }
-#else
-constexpr bool EXTRACTS = false;
-INLINE u64 extract(u64 bits, u64) { return bits; }
-#endif
-// A tap is made dense if less than this part of its positions is inside.
-constexpr i64 DENSE_BELOW = 7, DENSE_OF = 8;
+constexpr i64 DENSE_COST = 2;  // of a word made dense, in products of a word with a panel (measured with AVX-512)
+
+typedef u64 Lanes __attribute__((vector_size(8 * LANE_TILE)));  // a word of eight channels
+
+// Moves the bits under a mask to the low end, in order, in six steps of shifts (Hacker's Delight, compress).
+struct Compression {
+  static constexpr int STEPS = 6;
+  u64 mask, moved[STEPS];
+  i64 count;  // bits under the mask
+
+  explicit Compression(u64 bits) : mask(bits), count(__builtin_popcountll(bits)) {
+    u64 holes = ~bits << 1;  // below a bit, counted in unary and step by step in binary
+    for (int i = 0; i < STEPS; ++i) {
+      u64 odd = holes;
+      for (int shift = 1; shift < WORD; shift *= 2) odd ^= odd << shift;
+      moved[i] = odd & bits;
+      bits = (bits ^ moved[i]) | (moved[i] >> (1 << i));
+      holes &= ~odd;
+    }
+  }
+
+  Lanes operator()(Lanes x) const {
+    x &= mask;
+    for (int i = 0; i < STEPS; ++i) {
+      const Lanes moving = x & moved[i];
+      x = (x ^ moving) | (moving >> (1 << i));
+    }
+    return x;
+  }
+};
 
 struct GradWeight {
   Geometry g;
@@ -42,9 +63,8 @@ struct GradWeight {
   i64 taps, panels, tap_panels;
   u64 *columns, *inside;  // [tap][panels][words][16]; [tap_panels][words][16], a column is a tap
   i32* inside_counts;     // [C_o, padded][tap_panels * 16]
-  u64* dense_lanes;       // [tap][bits][tiles][words][8]
   std::vector<i64> filled;  // by tap: words of its columns that hold positions
-  std::vector<char> dense;  // by tap
+  std::vector<std::vector<Compression>> dense;  // by tap: of every word of lanes; empty where the tap is not dense
 
   i64 positions() const { return used * g.out_h * g.out_w; }
   i64 tiles() const { return ceil_div(g.out_channels, TILE); }
@@ -90,21 +110,20 @@ struct GradWeight {
     }
   }
 
-  // Decide which taps are made dense, and how many words each has then.
+  // Decide which taps are made dense, those where it saves more than it costs, and how many words each has then.
   void choose_dense(i64 words) {
-    dense.assign(taps, false);
+    dense.assign(taps, {});
     filled.assign(taps, words);
-    if (!EXTRACTS) return;
     for (i64 tap = 0; tap < taps; ++tap) {
       i64 count = 0;
       for (i64 word = 0; word < words; ++word) count += __builtin_popcountll(inside_of(tap, word, words));
-      if (count * DENSE_OF >= words * WORD * DENSE_BELOW) continue;
-      dense[tap] = true;
+      if ((words - ceil_div(count, WORD)) * panels <= words * DENSE_COST) continue;
+      for (i64 word = 0; word < words; ++word) dense[tap].emplace_back(inside_of(tap, word, words));
       filled[tap] = ceil_div(count, WORD);
     }
   }
 
-  // Both operands of a dense tap, phase 1.
+  // Phase 1 of a dense tap.
   void make_dense(i64 tap, i64 first, i64 words, const u64* zeros) const {
     const i64 shift = (tap / g.kernel_w * g.in_w + tap % g.kernel_w) * g.words;
     const u64* source[WORD];
@@ -121,26 +140,26 @@ struct GradWeight {
       std::fill(source + pending, source + WORD, zeros);
       store_column(source, tap, done, words);
     }
-    for (i64 unit = 0; unit < bits * tiles(); ++unit) extract_lanes(tap, unit, first, words);
   }
 
   // The lanes of one plane and 8 channels at the positions that a tap has inside, one after the other.
-  void extract_lanes(i64 tap, i64 unit, i64 first, i64 words) const {
-    const u64* from = lanes + (unit * total_words + first) * LANE_TILE;
-    u64* to = dense_lanes + (tap * bits * tiles() + unit) * words * LANE_TILE;
-    std::memset(to, 0, filled[tap] * LANE_TILE * sizeof(u64));
-    i64 bit = 0;
-    for (i64 word = 0; word < words; ++word) {
-      const u64 mask = inside_of(tap, word, words);
-      const i64 offset = bit % WORD, count = __builtin_popcountll(mask);
-      u64* at = to + bit / WORD * LANE_TILE;
-      for (int r = 0; r < LANE_TILE; ++r) {
-        const u64 taken = extract(from[word * LANE_TILE + r], mask);
-        at[r] |= taken << offset;
-        if (offset + count > WORD) at[LANE_TILE + r] |= taken >> (WORD - offset);
-      }
-      bit += count;
+  static void compress_lanes(const u64* from, const std::vector<Compression>& compress, u64* to) {
+    auto write = [&](Lanes word) { std::memcpy(to, &word, sizeof word), to += LANE_TILE; };
+    Lanes pending{};
+    i64 used = 0;  // bits of it
+    for (const Compression& word : compress) {
+      Lanes lanes;
+      std::memcpy(&lanes, from, sizeof lanes);
+      from += LANE_TILE;
+      lanes = word(lanes);
+      pending |= lanes << used;
+      used += word.count;
+      if (used < WORD) continue;
+      write(pending);
+      used -= WORD;
+      pending = used ? lanes >> (word.count - used) : Lanes{};
     }
+    if (used) write(pending);
   }
 
   // Phase 1 of the other taps for one word of positions; `word` counts from `first`, the start of the piece.
@@ -148,7 +167,7 @@ struct GradWeight {
     Pixels pixels;
     locate(first + word, pixels);
     for (i64 tap = 0; tap < taps; ++tap) {
-      if (dense[tap]) continue;
+      if (!dense[tap].empty()) continue;
       const i64 shift = (tap / g.kernel_w * g.in_w + tap % g.kernel_w) * g.words;
       const u64 valid = inside_of(tap, word, words);
       const u64* source[WORD];
@@ -175,8 +194,14 @@ struct GradWeight {
     return {lanes + (tile * total_words + first) * LANE_TILE, tiles() * total_words};
   }
 
-  LaneTile dense_tile(i64 tap, i64 tile, i64 words) const {
-    return {dense_lanes + (tap * bits * tiles() + tile) * words * LANE_TILE, tiles() * words};
+  // The lanes of a tile as a tap needs them; those of a dense tap in `own`, [bits][words][8].
+  LaneTile tap_lanes(i64 tap, i64 tile, i64 first, i64 words, u64* own) const {
+    const LaneTile all = lane_tile(tile, first);
+    if (dense[tap].empty()) return all;
+    const LaneTile inside_only{own, words};
+    for (i64 plane = 0; plane < bits; ++plane)
+      compress_lanes(all.base + plane * all.plane_stride * LANE_TILE, dense[tap], own + plane * words * LANE_TILE);
+    return inside_only;
   }
 
   // |q & inside| of 8 output channels under 16 taps.
@@ -189,7 +214,7 @@ struct GradWeight {
 
   // Phase 2 for one tap, 8 output channels and 16 input channels; acc of these output channels.
   template <bool SIGN>
-  void multiply(i64 tap, i64 tile, i64 panel, i64 first, i64 words, i32* acc) const {
+  inline __attribute__((always_inline)) void multiply(const LaneTile& rows, i64 tap, i64 tile, i64 panel, i64 first, i64 words, i32* acc) const {
     const Run run{0, 0, filled[tap]};
     const i64 used_columns = std::min<i64>(PANEL, g.in_channels - panel * PANEL), row_size = taps * g.in_channels;
     const int used_rows = int(std::min<i64>(TILE, g.out_channels - tile * TILE));
@@ -207,8 +232,7 @@ struct GradWeight {
       if (first) sum += load_columns(target + r * stride);
       store_columns(target + r * stride, sum);
     };
-    const LaneTile rows_of = dense[tap] ? dense_tile(tap, tile, words) : lane_tile(tile, first);
-    count_tile<And>(rows_of, int(bits), &run, 1, column(tap, panel, words), store);
+    count_tile<And>(rows, int(bits), &run, 1, column(tap, panel, words), store);
     if (!whole) copy(spare, PANEL, used_rows, used_columns, to, row_size);
   }
 
@@ -243,12 +267,15 @@ struct GradWeight {
     // A unit keeps the lanes of 8 channels in L2 and passes the panels of all taps.
     const i64 size = TILE * taps * g.in_channels;
     parallel_for(tiles(), threads, [&](i64 tile) {
-      static thread_local Buffer own;
+      static thread_local Buffer own, own_lanes;
       i32* sums = acc ? acc + tile * size : own.get<i32>(size);
       const bool last = (first + words) * WORD >= positions();
-      for (i64 unit = 0; unit < taps * panels; ++unit) {
-        multiply<SIGN>(unit / panels, tile, unit % panels, first, words, sums);
-        if (last) finish.expect(tile, unit, taps * panels);
+      for (i64 tap = 0; tap < taps; ++tap) {
+        const LaneTile rows = tap_lanes(tap, tile, first, words, own_lanes.get<u64>(bits * words * LANE_TILE));
+        for (i64 panel = 0; panel < panels; ++panel) {
+          multiply<SIGN>(rows, tap, tile, panel, first, words, sums);
+          if (last) finish.expect(tile, tap * panels + panel, taps * panels);
+        }
       }
       if (last) finish(tile, sums);
     });
@@ -256,7 +283,7 @@ struct GradWeight {
 
   template <class Finish>
   void run(bool sign, i32* acc, i32* code_sum, i64 threads, Finish finish) {
-    static thread_local Buffer buffer, counts_buffer, dense_buffer;
+    static thread_local Buffer buffer, counts_buffer;
     const i64 words = ceil_div(positions(), WORD);  // words of unused rows hold no code
     const i64 piece = std::min(PIECE, words);
     columns = buffer.get<u64>((taps * panels + tap_panels) * piece * PANEL);
@@ -268,11 +295,9 @@ struct GradWeight {
       const i64 gathering = useful_threads(taps * count * g.words * WORD, threads);
       for (i64 word = 0; word < count; ++word) locate_inside(word, first, count);
       choose_dense(count);
-      if (std::find(dense.begin(), dense.end(), 1) != dense.end())
-        dense_lanes = dense_buffer.get<u64>(taps * bits * tiles() * count * LANE_TILE);
       parallel_for(count, gathering, [&](i64 word) { gather(word, first, count, zeros.data()); });
       parallel_for(taps, gathering, [&](i64 tap) {
-        if (dense[tap]) make_dense(tap, first, count, zeros.data());
+        if (!dense[tap].empty()) make_dense(tap, first, count, zeros.data());
       });
       const i64 useful = useful_threads(count * g.out_channels * taps * panels, threads);
       if (sign) multiply_all<true>(first, count, acc, code_sum, useful, finish);
