@@ -39,6 +39,14 @@ def tiny(num_classes: int) -> nn.Module:
     return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))
 
 
+def test_only_parameters_of_fqt1bit_are_in_the_default_order():
+    settings = BenchSettings(model=TINY, batch=2, size=8)
+    for variant, memory_format in (("eager float32", torch.channels_last), (OURS, torch.contiguous_format)):
+        trainee = bench_worker.make_trainee(settings, variant)
+        assert trainee.images.is_contiguous(memory_format=torch.channels_last)
+        assert trainee.model[2].weight.is_contiguous(memory_format=memory_format)
+
+
 class NoBfloat16(nn.Module):
     """Raises under autocast."""
 
