@@ -20,6 +20,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._prims_common import is_contiguous_for_memory_format_or_false, is_contiguous_or_false
 
+from . import inductor
 from .config import FQTConfig
 from .errors import ConfigError
 from .kernels import gpu
@@ -106,6 +107,7 @@ def fqt1bit(
     # backward runs, so it cannot be changed for one compilation only.
     torch._functorch.config.donated_buffer = False
     key = graph_key(gm, example_inputs, joint_pass.uuid())
+    inductor.register()
     patches = {"joint_custom_pre_pass": joint_pass, **layout_patches(gm)}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     if joint_pass.messages is None:  # Inductor had it in its cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedInputError
-from . import native, noise, packing, reference, selection
+from . import native, packing, reference, selection
 from .cpu_forward import CODES, in_weight_order
 from .native import call, choice, empty_nhwc, indices, inner_size, nhwc, vector
 from .packing import LANE_TILE, WORD, ceil_div
@@ -40,10 +40,6 @@ def _sizes(g: Tensor) -> tuple[int, int, int]:
     return g.shape[0], inner_size(g), g.shape[1]
 
 
-def _keys(seed: Tensor, stream: int) -> tuple[int, int]:
-    return noise.stream_keys(int(seed), stream)
-
-
 def select(
     importance: Tensor, seed: Tensor, stream: int, prune: str, keep_num: int, keep_den: int
 ) -> tuple[Tensor, Tensor]:
@@ -51,13 +47,13 @@ def select(
     count = selection.kept_count(size, keep_num, keep_den)
     entries = selection.selected_size(size, prune, Fraction(keep_num, keep_den))
     rows, scale = importance.new_empty(entries, dtype=torch.int32), importance.new_empty(entries, dtype=torch.float32)
-    values, keys = vector(importance), _keys(seed, stream)
+    values, keys = vector(importance), native.stream_keys(seed, stream)
     # Selection is sequential; the number of threads, which every kernel is passed, is not used.
     call("select", "select_rows", values, size, number, count, *keys, rows, scale, entries)
     return rows, scale
 
 
-# -- moving rows: plain indexing, which torch does at memory speed --------------------------------------------
+# -- moving rows ----------------------------------------------------------------------------------------------
 
 
 def prune_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
@@ -75,16 +71,19 @@ def keep_rows(g: Tensor, rows: Tensor, row_scale: Tensor) -> Tensor:
     return packing.channels_second((kept * factor).to(g.dtype))
 
 
-def gather_words(words: Tensor, rows: Tensor) -> Tensor:
-    gathered = words.index_select(0, rows.clamp(min=0))
-    unused = rows < 0
-    if bool(unused.any()):
-        gathered[unused] = 0
+def _gather(x: Tensor, rows: Tensor, gathered: Tensor) -> Tensor:
+    """Rows of contiguous memory into ``gathered``; zero where an index is -1."""
+    row_bytes = math.prod(x.shape[1:]) * x.element_size()
+    call("pack", "gather_rows", x, x.shape[0], row_bytes, indices(rows), rows.shape[0], gathered)
     return gathered
 
 
+def gather_words(words: Tensor, rows: Tensor) -> Tensor:
+    return _gather(words.contiguous(), rows, words.new_empty([rows.shape[0], *words.shape[1:]]))
+
+
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    return packing.channels_second(gather_words(packing.channels_last(x).contiguous(), rows))
+    return _gather(native.nhwc_memory(x), rows, empty_nhwc(x, [rows.shape[0], *x.shape[1:]], x.dtype))
 
 
 def scatter_rows(kept: Tensor, rows: Tensor, size: int) -> Tensor:
@@ -121,7 +120,7 @@ def quantize_rows(
     planes = g.new_empty([bits, count, *g.shape[2:], ceil_div(channels, WORD)], dtype=torch.int64)
     scale, zero = (g.new_empty(count, dtype=torch.float32) for _ in range(2))
     kept = (vector(weight_scale), indices(rows), count, vector(row_scale))
-    keys = _keys(seed, stream)
+    keys = native.stream_keys(seed, stream)
     sizes = (samples, inner, channels, compact)
     known = known_extremes("quantize_rows", extremes, samples)
     call("quantize", "quantize_rows", nhwc(g), *sizes, *kept, *keys, bits, known, planes, scale, zero)
@@ -147,7 +146,7 @@ def quantize_channels(
     scale, zero = (g.new_empty(width, dtype=torch.float32) for _ in range(2))
     kept = (indices(rows), count, vector(row_scale))
     chosen = (None if channels is None else indices(channels), width, vector(channel_scale))
-    keys = _keys(seed, stream)
+    keys = native.stream_keys(seed, stream)
     sizes = (*_sizes(g), compact)
     known = known_extremes("quantize_channels", extremes, g.shape[1])
     call("quantize", "quantize_channels", nhwc(g), *sizes, *kept, *chosen, *keys, bits, known, lanes, scale, zero)

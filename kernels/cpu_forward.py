@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import native, packing, reference
+from . import native, packing
 from .native import call, choice, empty_nhwc, inner_size, nhwc
 from .ops import output_size
 from .packing import PANEL, WORD, ceil_div
@@ -20,7 +20,7 @@ MODES = {"none": 0, "xnor": 1}
 def activation_threshold(x: Tensor) -> Tensor:
     mean = x.new_empty((), dtype=torch.float32)
     call("pack", "activation_threshold", nhwc(x), x.numel(), mean)
-    reference.warn_unless_finite(mean.item())
+    native.check_threshold(mean)
     return mean
 
 

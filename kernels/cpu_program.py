@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedInputError
-from . import codegen, native, program, reference
+from . import codegen, native, program
 from .cpu_forward import CODES
 from .native import call, choice, empty_nhwc, inner_size
 from .ops import output_size
@@ -112,7 +112,7 @@ def fused_activation(
     outputs = (choice("code", code, CODES), threshold, bits, mask, values, below)
     call("fused_activation", "fused_activation", *memory, shape, *outputs, parameters=parameters)
     if code == "threshold":
-        reference.warn_unless_finite(threshold.item())
+        native.check_threshold(threshold)
     return (
         bits,
         mask,

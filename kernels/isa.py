@@ -70,9 +70,12 @@ def _checked(name: str, source: str) -> str:
 
 
 def current_isa() -> str:
-    """The instruction set in use: `force_isa`, else ``FQT_COMPILE_ISA``, else the best one."""
-    if _forced is not None:
-        return _forced
+    """The instruction set in use: `force_isa`, else ``FQT_COMPILE_ISA`` as it was at first, else the best one."""
+    return _default() if _forced is None else _forced
+
+
+@functools.cache  # every call of a kernel asks
+def _default() -> str:
     wanted = os.environ.get(ENVIRONMENT)
     return _checked(wanted, ENVIRONMENT) if wanted else supported_isas()[0]
 

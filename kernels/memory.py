@@ -15,10 +15,14 @@ import sys
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 TOP_PAD = 64 << 20
 
+kept = False
+"""Whether `keep_freed_memory` has succeeded: then an address once mapped stays so."""
+
 
 @functools.cache
 def keep_freed_memory() -> bool:
     """Let the C library keep what is freed, in the whole process, for good; False where it cannot be told to."""
+    global kept
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -26,4 +30,5 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, TOP_PAD))
     done = [bool(mallopt(ctypes.c_int(name), ctypes.c_int(setting))) for name, setting in settings]
-    return all(done)
+    kept = all(done)
+    return kept

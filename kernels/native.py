@@ -5,24 +5,86 @@ Every kernel takes pointers, int64 and, last, the number of threads; it returns 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import mmap
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedInputError
-from . import codegen, ops, packing
+from . import codegen, memory, noise, ops, packing, reference
+from .isa import current_isa
 from .packing import ceil_div
 
 INT32_LIMIT = 2**31 - 1
 MAX_BITS = 8
 _OK = 0
+_profiler_enabled = torch.autograd._profiler_enabled
+
+
+class Kernel:
+    """One exported function of a template's library, for the instruction set in use when it is called.
+
+    ``operation`` names it to the profiler, which sees what goes through the dispatcher by itself.
+    """
+
+    def __init__(self, template: str, function: str, parameters: codegen.Parameters = (), operation: str = "") -> None:
+        self.template, self.function, self.parameters = template, function, parameters
+        self.event = f"{ops.NAMESPACE}::{operation}" if operation else ""
+        self._entries: dict[str, Callable[..., int]] = {}
+
+    def __call__(self, *arguments: int) -> None:
+        """Run it on all of torch's threads; raises where it refuses its operands."""
+        entry = self._entries.get(current_isa()) or self._load(len(arguments) + 1)
+        if self.event and _profiler_enabled():
+            with torch.profiler.record_function(self.event):
+                status = entry(*arguments, torch.get_num_threads())
+        else:
+            status = entry(*arguments, torch.get_num_threads())
+        if status != _OK:
+            raise UnsupportedInputError(
+                f"{self.function}: a kept row or channel has an index outside the tensor, or -1 before a used one; "
+                "accepted: indices below its size, then only -1"
+            )
+
+    def _load(self, count: int) -> Callable[..., int]:
+        entry = _entry(codegen.library(self.template, self.parameters), self.function, count)
+        self._entries[current_isa()] = entry
+        return entry
+
+
+class Recorder(Protocol):
+    """Writes down what an implementation does instead of doing it (`launch`)."""
+
+    def call(self, template: str, function: str, args: Sequence[Any], parameters: codegen.Parameters) -> None: ...
+
+    def stream_keys(self, seed: Tensor, stream: int) -> tuple[int, int]: ...
+
+    def check_threshold(self, threshold: Tensor) -> None: ...
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Let ``recorder`` note what this thread would have run inside the block; its tensors are fake."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
 
 
 def call(
@@ -32,13 +94,28 @@ def call(
     parameters: codegen.Parameters = (),
 ) -> None:
     """Run one exported function of a template's library on all of torch's threads."""
-    entry = _entry(codegen.library(template, parameters), function, len(args) + 1)
-    status = entry(*map(_argument, args), torch.get_num_threads())
-    if status != _OK:
-        raise UnsupportedInputError(
-            f"{function}: a kept row or channel has an index outside the tensor, or -1 before a used one; accepted: "
-            "indices below its size, then only -1"
-        )
+    if _thread.recorder is not None:
+        _thread.recorder.call(template, function, args, parameters)
+    else:
+        _kernel(template, function, parameters)(*map(_argument, args))
+
+
+_kernel = functools.cache(Kernel)
+
+
+def stream_keys(seed: Tensor, stream: int) -> tuple[int, int]:
+    """`noise.stream_keys` of a seed in memory."""
+    if _thread.recorder is not None:
+        return _thread.recorder.stream_keys(seed, stream)
+    return noise.stream_keys(int(seed), stream)
+
+
+def check_threshold(threshold: Tensor) -> None:
+    """Warn where a threshold shows that NaN or infinite values are about to become bits."""
+    if _thread.recorder is not None:
+        _thread.recorder.check_threshold(threshold)
+    else:
+        reference.warn_unless_finite(threshold.item())
 
 
 @functools.cache
@@ -76,7 +153,8 @@ def nhwc_memory(x: Tensor) -> Tensor:
 def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`ops.empty_nhwc`, in huge pages where the result is large."""
     result = ops.empty_nhwc(like, shape, dtype)
-    _advise_huge_pages(result)
+    if _thread.recorder is None:
+        advise_huge_pages(result)
     return result
 
 
@@ -89,18 +167,28 @@ def _madvise() -> Callable[..., int] | None:
     return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
-def _advise_huge_pages(x: Tensor) -> None:
+def advise_huge_pages(x: Tensor) -> None:
     """Ask Linux to back fresh memory with 2 MB pages.
 
     The allocator returns large blocks to the system, so that a result of 33 MB is 8192 page faults (18 ms) in
     every step, more than the product written into it takes. With huge pages it is 16. Only a hint.
     """
-    madvise, size = _madvise(), x.numel() * x.element_size()
-    if madvise is None or size < 2 * HUGE_PAGE:
+    size = x.numel() * x.element_size()
+    if size < 2 * HUGE_PAGE:
         return
     begin = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (x.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
-    madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
+    (_advise_once if memory.kept else _advise)(begin, end)
+
+
+def _advise(begin: int, end: int) -> None:
+    madvise = _madvise()
+    if madvise is not None:
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
+
+
+# Memory that is never given back keeps what it was advised: 10 us less a call, 30 calls a step.
+_advise_once = functools.lru_cache(maxsize=4096)(_advise)
 
 
 def vector(x: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:

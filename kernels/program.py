@@ -15,6 +15,7 @@ is the result.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
@@ -222,14 +223,14 @@ def _triton_lines(statements: Sequence[Statement]) -> list[str]:
 
 
 def _triton_number(text: str) -> str:
-    value = float(torch.tensor(float(text), dtype=torch.float32))
+    value = ctypes.c_float(float(text)).value
     shown = repr(abs(value)) if math.isfinite(value) else f'float("{abs(value)}")'
     sign = "-" if math.copysign(1, value) < 0 else ""  # outside: tl.full makes +0.0 of -0.0
     return f"{sign}tl.full([ROWS, 64], {shown}, tl.float32)"
 
 
 def _cpp_number(text: str) -> str:
-    value = float(torch.tensor(float(text), dtype=torch.float32))
+    value = ctypes.c_float(float(text)).value
     if value in (float("inf"), float("-inf")):
         return "-INFINITY" if value < 0 else "INFINITY"
     return f"{value!r}f"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fqt_compile.errors import ConfigError, UnsupportedInputError
 from fqt_compile.kernels import cpu
+from fqt_compile.kernels import isa as instruction_sets
 
 # NaN activations are part of the grid; that they are announced is tested in test_backend.py.
 pytestmark = pytest.mark.filterwarnings("ignore:fqt1bit. NaN or infinite:fqt_compile.errors.FQTWarning")
@@ -112,5 +113,6 @@ def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"'sse9'.*portable"), cpu.force_isa("sse9"):
         pass
     monkeypatch.setenv("FQT_COMPILE_ISA", "neon")
+    instruction_sets._default.cache_clear()
     with pytest.raises(ConfigError, match=r"FQT_COMPILE_ISA: got 'neon'.*portable"):
         cpu.OPERATIONS["activation_threshold"](torch.ones(1, 1))

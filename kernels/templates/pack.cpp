@@ -90,3 +90,13 @@ EXPORT i64 apply_mask(const void* g, i64 bytes, const u64* mask, i64 pixels, i64
   else mask_pixels((const u64*)g, mask, pixels, channels, (u64*)out, threads);
   return OK;
 }
+
+// out [row_count][bytes]: rows of x [samples][bytes], zero where the index is negative.
+EXPORT i64 gather_rows(const char* x, i64 samples, i64 bytes, const i32* rows, i64 row_count, char* out, i64 threads) {
+  if (std::any_of(rows, rows + row_count, [=](i32 row) { return row >= samples; })) return BAD_INDEX;
+  parallel_for(row_count, useful_threads(row_count * bytes, threads), [=](i64 k) {
+    if (rows[k] < 0) std::memset(out + k * bytes, 0, bytes);
+    else std::memcpy(out + k * bytes, x + rows[k] * bytes, bytes);
+  });
+  return OK;
+}
