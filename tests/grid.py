@@ -61,6 +61,22 @@ LAYERS = [
     Layer("empty-linear", 0, 7, 20),
 ]
 
+WIDE = [  # for the products only: output rows that grad_weight_product moves as a whole, or is too wide to
+    Layer("8x8-some-taps-dense", 5, 150, 9, (8, 8), (3, 3), (1, 1), (1, 1)),
+    Layer("9x14-more-taps-dense", 5, 300, 9, (9, 14), (3, 3), (1, 1), (1, 1)),
+    Layer("no-padding", 3, 70, 9, (10, 13), (3, 3), (1, 1), (0, 0)),
+    Layer("padding-4", 3, 150, 9, (8, 8), (3, 3), (1, 1), (4, 4)),
+    Layer("stride-2", 5, 150, 9, (17, 18), (3, 3), (2, 2), (1, 1)),
+    Layer("stride-3-2x2", 3, 70, 9, (25, 26), (2, 2), (3, 3), (1, 1)),
+    Layer("1x1-stride-2", 3, 7, 9, (21, 19), (1, 1), (2, 2), (0, 0)),
+    Layer("5x5-stride-1x2", 3, 7, 9, (8, 20), (5, 5), (1, 2), (2, 2)),
+    Layer("64-wide", 3, 7, 9, (64, 64), (3, 3), (1, 1), (1, 1)),
+    Layer("65-wide", 3, 7, 9, (65, 65), (3, 3), (1, 1), (1, 1)),
+    Layer("63-from-65", 3, 7, 9, (65, 65), (3, 3), (1, 1), (0, 0)),
+    Layer("1-d-wide", 37, 7, 9, (40,), (3,), (1,), (1,)),
+    Layer("1-d-64-taps", 3, 7, 9, (60,), (64,), (1,), (20,)),
+]
+
 
 def _seeded(layer: Layer) -> torch.Generator:
     return torch.Generator().manual_seed(sum(layer.name.encode()))
@@ -291,7 +307,7 @@ def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
     return {"quantize_rows": by_row, "quantize_channels": by_channel}
 
 
-def _product_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
+def product_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     x_bits, mask = REFERENCE["pack_activation"](o.x, None)
     w_bits, alpha = REFERENCE["quantize_weight"](o.weight, "xnor")
     w_bits_t = REFERENCE["transpose_weight"](w_bits, layer.in_channels, layer.out_channels)
@@ -340,7 +356,7 @@ def calls(layer: Layer) -> dict[str, list[Call]]:
         _weight_calls(layer, o),
         _selection_calls(layer, o),
     ]
-    makers += [_quantize_calls(o), _product_calls(layer, o)]
+    makers += [_quantize_calls(o), product_calls(layer, o)]
     return {name: made for maker in makers for name, made in maker.items()}
 
 

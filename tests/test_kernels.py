@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from grid import LAYERS, REFERENCE, Layer, calls, expected, operands
+from grid import LAYERS, REFERENCE, WIDE, Layer, calls, expected, operands, product_calls
 from torch import Tensor
 
 from fqt_compile.errors import ConfigError, UnsupportedInputError
@@ -67,6 +67,13 @@ def test_equals_reference(operation: str, layer: Layer, isa: str, threads: int) 
     for number, (arguments, result) in enumerate(zip(calls(layer)[operation], wanted, strict=True)):
         actual = cpu.OPERATIONS[operation](*arguments)
         assert_same(actual, result, f"{operation} call {number}")
+
+
+@pytest.mark.parametrize("layer", WIDE, ids=lambda layer: layer.name)
+def test_wide_products_equal_reference(layer: Layer, isa: str, threads: int) -> None:
+    for operation, each in product_calls(layer, operands(layer)).items():
+        for number, args in enumerate(each):
+            assert_same(cpu.OPERATIONS[operation](*args), REFERENCE[operation](*args), f"{operation} call {number}")
 
 
 def test_draws_the_same_seed() -> None:

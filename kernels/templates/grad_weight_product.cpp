@@ -7,7 +7,8 @@
 //         threshold: |q & x|            sign: 2 |q & x| - |q & inside|      (|.| weighted by 2**plane)
 //
 // Phase 1 lays out, for every tap, the bits of x along m: panels [tap][C_i/16][W][16]; bits of positions whose
-// pixel is outside the image, or whose row is unused, are clear, and `inside` [tap][W] says which those are. On small
+// pixel is outside the image, or whose row is unused, are clear, and `inside` [tap][W] says which those are. Output rows
+// of a useful width are moved as a whole (row_bits.h); else every position has its pixel looked up. On small
 // images a tap has many of these: where the CPU extracts bits quickly, such a tap is made dense. Positions outside are
 // then left out of x and of the lanes, and the product shrinks with them.
 // Phase 2 is an and-popcount matrix product. Positions are processed in pieces, so that one piece of a panel stays
@@ -22,10 +23,10 @@ struct Geometry {
 {% endfor %}
 };
 
-constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel
-constexpr i64 DENSE_COST = 2;  // of a word made dense, in products of a word with a panel (measured with AVX-512)
+{% include "row_bits.h" %}
 
-typedef u64 Lanes __attribute__((vector_size(8 * LANE_TILE)));  // a word of eight channels
+constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel
+constexpr i64 DENSE_COST = 1;  // of a word made dense, in products of a word with a panel (measured with AVX-512)
 
 // Moves the bits under a mask to the low end, in order, in six steps of shifts (Hacker's Delight, compress).
 struct Compression {
@@ -100,7 +101,15 @@ struct GradWeight {
     return inside[(tap / PANEL * words + word) * PANEL + tap % PANEL];
   }
 
-  // Which positions of a word every tap has inside.
+  // Which positions every tap has inside.
+  void find_inside(i64 first, i64 words) const {
+    const RowBits rows{g, first * WORD, std::min(positions(), (first + words) * WORD)};
+    if (RowBits::useful(g))
+      for (i64 panel = 0; panel < tap_panels; ++panel) rows.inside(panel * PANEL, inside + panel * words * PANEL);
+    else
+      for (i64 word = 0; word < words; ++word) locate_inside(word, first, words);
+  }
+
   void locate_inside(i64 word, i64 first, i64 words) const {
     Pixels pixels;
     locate(first + word, pixels);
@@ -160,6 +169,27 @@ struct GradWeight {
       pending = used ? lanes >> (word.count - used) : Lanes{};
     }
     if (used) write(pending);
+  }
+
+  // Phase 1 where output rows are moved as a whole.
+  void move_rows(i64 first, i64 words, i64 threads) const {
+    static thread_local Buffer memory;
+    const RowBits rows{g, first * WORD, std::min(positions(), (first + words) * WORD)};
+    u64* strings = memory.get<u64>(rows.size());
+    parallel_for(rows.count(), threads, [&](i64 row) { rows.make(x, kept, row, strings); });
+    parallel_for(taps * panels, threads, [&](i64 unit) {
+      const i64 tap = unit / panels, panel = unit % panels;
+      rows.column(strings, tap, panel, !dense[tap].empty(), column(tap, panel, words));
+    });
+  }
+
+  // Phase 1 where the pixel of every position is looked up.
+  void move_pixels(i64 first, i64 words, i64 threads) const {
+    const std::vector<u64> zeros(g.words);
+    parallel_for(words, threads, [&](i64 word) { gather(word, first, words, zeros.data()); });
+    parallel_for(taps, threads, [&](i64 tap) {
+      if (!dense[tap].empty()) make_dense(tap, first, words, zeros.data());
+    });
   }
 
   // Phase 1 of the other taps for one word of positions; `word` counts from `first`, the start of the piece.
@@ -289,16 +319,13 @@ struct GradWeight {
     columns = buffer.get<u64>((taps * panels + tap_panels) * piece * PANEL);
     inside = columns + taps * panels * piece * PANEL;
     inside_counts = counts_buffer.get<i32>(tiles() * TILE * tap_panels * PANEL);
-    const std::vector<u64> zeros(g.words);
     for (i64 first = 0; first < words; first += piece) {
       const i64 count = std::min(piece, words - first);
       const i64 gathering = useful_threads(taps * count * g.words * WORD, threads);
-      for (i64 word = 0; word < count; ++word) locate_inside(word, first, count);
+      find_inside(first, count);
       choose_dense(count);
-      parallel_for(count, gathering, [&](i64 word) { gather(word, first, count, zeros.data()); });
-      parallel_for(taps, gathering, [&](i64 tap) {
-        if (!dense[tap].empty()) make_dense(tap, first, count, zeros.data());
-      });
+      if (RowBits::useful(g)) move_rows(first, count, gathering);
+      else move_pixels(first, count, gathering);
       const i64 useful = useful_threads(count * g.out_channels * taps * panels, threads);
       if (sign) multiply_all<true>(first, count, acc, code_sum, useful, finish);
       else multiply_all<false>(first, count, acc, code_sum, useful, finish);
