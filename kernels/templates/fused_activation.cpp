@@ -35,6 +35,24 @@ INLINE void after_pool(const Operands& o, i64 c, i64 count, float* __restrict va
 }
 {% endif %}
 
+// A pixel of the result, counted on instead of divided for.
+struct Place {
+  i64 pixel{{ ", n, oh, ow" if pooled }};
+
+  Place(i64 at, const Geometry& g) : pixel(at){% if pooled %}, n(at / (g.out_h * g.out_w)), oh(at / g.out_w % g.out_h), ow(at % g.out_w){% endif %} { (void)g; }
+
+  void next(const Geometry& g) {
+    ++pixel;
+{% if pooled %}
+    if (++ow < g.out_w) return;
+    ow = 0;
+    if (++oh == g.out_h) oh = 0, ++n;
+{% else %}
+    (void)g;
+{% endif %}
+  }
+};
+
 struct Activation {
   Operands o;
   Geometry g;
@@ -42,11 +60,10 @@ struct Activation {
 
   // `count` values of one output pixel from channel c on; all 64 are written where count is 64.
   template <bool WHOLE>
-  INLINE void run(const Activation& a, i64 pixel, i64 c, i64 count, float* out) {
+  INLINE void run(const Activation& a, const Place& at, i64 c, i64 count, float* out) {
 {% if pooled %}
     const Geometry& g = a.g;
-    const i64 ow = pixel % g.out_w, oh = pixel / g.out_w % g.out_h, n = pixel / g.out_w / g.out_h;
-    const i64 h = oh * g.stride_h - g.padding_h, w = ow * g.stride_w - g.padding_w;
+    const i64 n = at.n, h = at.oh * g.stride_h - g.padding_h, w = at.ow * g.stride_w - g.padding_w;
     bool first = true;
     for (i64 th = std::max<i64>(0, -h); th < std::min(g.kernel_h, g.in_h - h); ++th)
       for (i64 tw = std::max<i64>(0, -w); tw < std::min(g.kernel_w, g.in_w - w); ++tw) {
@@ -66,21 +83,24 @@ struct Activation {
       }
     after_pool<WHOLE>(a.o, c, count, out);
 {% else %}
-    before_pool<WHOLE>(a.o, pixel, a.g.channels, c, count, out);
+    before_pool<WHOLE>(a.o, at.pixel, a.g.channels, c, count, out);
 {% endif %}
   }
 
-  void evaluate(i64 pixel, i64 c, i64 count, float* out) const {
-    if (count == WORD) run<true>(*this, pixel, c, count, out);
-    else run<false>(*this, pixel, c, count, out);
+  void evaluate(const Place& at, i64 c, i64 count, float* out) const {
+    if (count == WORD) run<true>(*this, at, c, count, out);
+    else run<false>(*this, at, c, count, out);
   }
 
   // Elements begin .. end - 1 of the result in NHWC order.
   void fill(i64 begin, i64 end, float* out) const {
-    for (i64 e = begin; e < end;) {
-      const i64 c = e % g.channels, count = std::min(std::min<i64>(WORD, g.channels - c), end - e);
-      evaluate(e / g.channels, c, count, out + e - begin);
+    Place at(begin / g.channels, g);
+    for (i64 e = begin, c = begin % g.channels; e < end;) {
+      const i64 count = std::min(std::min<i64>(WORD, g.channels - c), end - e);
+      evaluate(at, c, count, out + e - begin);
       e += count;
+      c += count;
+      if (c == g.channels) c = 0, at.next(g);
     }
   }
 
@@ -112,7 +132,7 @@ struct Activation {
         const float* value = v;
         if (filled && count == WORD) value = values + p * g.channels + c;
         else if (filled) std::memcpy(v, values + p * g.channels + c, count * sizeof(float));
-        else evaluate(p, c, count, v);
+        else evaluate(Place(p, g), c, count, v);
         if (values && !filled) std::memcpy(values + p * g.channels + c, v, count * sizeof(float));
         const u64 used = tail_mask(count);
         bits[p * words + w] = used & (SIGN ? compare64<NOT_LESS>(value, 0) : compare64<GREATER>(value, threshold));
