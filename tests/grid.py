@@ -64,6 +64,8 @@ LAYERS = [
 WIDE = [  # for the products only: output rows that grad_weight_product moves as a whole, or is too wide to
     Layer("8x8-some-taps-dense", 5, 150, 9, (8, 8), (3, 3), (1, 1), (1, 1)),
     Layer("9x14-more-taps-dense", 5, 300, 9, (9, 14), (3, 3), (1, 1), (1, 1)),
+    Layer("14x14-pieces-of-dense-taps", 50, 300, 9, (14, 14), (3, 3), (1, 1), (1, 1)),
+    Layer("9x14-pieces-of-dense-taps", 90, 300, 9, (9, 14), (3, 3), (1, 1), (1, 1)),
     Layer("no-padding", 3, 70, 9, (10, 13), (3, 3), (1, 1), (0, 0)),
     Layer("padding-4", 3, 150, 9, (8, 8), (3, 3), (1, 1), (4, 4)),
     Layer("stride-2", 5, 150, 9, (17, 18), (3, 3), (2, 2), (1, 1)),

@@ -23,7 +23,7 @@ struct Stream {
     to += PANEL;
   }
 
-  // `count` bits, at most 64; those above are ignored where they end a word.
+  // `count` bits, at most 64. Those above belong to the next piece: they are lost with the word, or in `finish`.
   void append(Lanes l, Lanes h, i64 count) {
     low |= l << used, high |= h << used;
     used += count;
@@ -32,6 +32,12 @@ struct Stream {
     used -= WORD;
     low = high = Lanes{};
     if (used) low = l >> (count - used), high = h >> (count - used);
+  }
+
+  void finish() {
+    if (!used) return;
+    low &= tail_mask(used), high &= tail_mask(used);
+    write();
   }
 };
 
@@ -95,7 +101,7 @@ struct RowBits {
       if (first < last && segment(oh, image, l, h)) stream.append(l >> first, h >> first, last - first);
       if (++oh == g.out_h) oh = 0, ++image;
     }
-    if (stream.used) stream.write();
+    stream.finish();
   }
 
   // What the positions see through a tap, 16 channels; where dense, only those that see something.
