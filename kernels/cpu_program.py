@@ -95,7 +95,9 @@ def fused_activation(
     size = [*map(int, output_size(spatial, kernel, stride, padding))] if window else spatial
     like = memory[0]
     bits, mask = (like.new_empty([n, *size, ceil_div(channels, WORD)], dtype=torch.int64) for _ in range(2))
-    values = empty_nhwc(like, [n, channels, *size], torch.float32) if keep_values else None
+    # A pooled value has several inputs: keeping it from the first pass to the second is less than making it twice.
+    made_once = keep_values or (bool(window) and code == "threshold")
+    values = empty_nhwc(like, [n, channels, *size], torch.float32) if made_once else None
     below = torch.empty_like(bits) if keep_below else None
     threshold = torch.empty((), dtype=torch.float32)
     ones = [1] * len(spatial)
@@ -116,7 +118,7 @@ def fused_activation(
     return (
         bits,
         mask,
-        like.new_empty(0, dtype=torch.float32) if values is None else values,
+        values if keep_values and values is not None else like.new_empty(0, dtype=torch.float32),
         bits.new_empty(0) if below is None else below,
     )
 

@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 TOP_PAD = 64 << 20
 
 kept = False
-"""Whether `keep_freed_memory` has succeeded: then an address once mapped stays so."""
+"""Whether `keep_freed_memory` has succeeded: then the heap keeps its addresses, and what was advised about them."""
 
 
 @functools.cache

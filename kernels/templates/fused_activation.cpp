@@ -150,11 +150,6 @@ EXPORT i64 fused_activation({% for operand in operands %}const void* p{{ loop.in
   const Activation activation{ {% raw %}{{% endraw %}{% for operand in operands %}(const {{ operand.type }}*)p{{ loop.index0 }}{{ ", " if not loop.last }}{% endfor %}{% raw %}}{% endraw %}, *geometry};
   if (sign) activation.pack<true>(0, values, false, bits, mask, below, threads);
   else {
-{% if pooled %}
-    // A pooled value has several inputs: keeping it from the first pass to the second is less than making it twice.
-    static thread_local Buffer pooled;
-    if (!values) values = pooled.get<float>(activation.pixels() * geometry->channels);
-{% endif %}
     *threshold = activation.mean(values, threads);
     activation.pack<false>(*threshold, values, values != nullptr, bits, mask, below, threads);
   }
