@@ -162,6 +162,31 @@ struct Product {
     });
   }
 
+  // Words that a tile of a class counts with a panel, and what else it takes, in words.
+  i64 cost(const TapClass& c) const {
+    constexpr i64 LEAVING = 3;
+    i64 words = 0;
+    for (const Run& run : c.runs) words += run.length;
+    return words * planes + LEAVING;
+  }
+
+  // Where one of `parts` parts of all tiles x panels begins, which cost the same.
+  i64 boundary(i64 part, i64 parts) const {
+    auto units = [&](size_t i) {
+      const i64 end = i + 1 < classes.size() ? classes[i + 1].first_tile : tiles;
+      return (end - classes[i].first_tile) * panels;
+    };
+    i64 left = 0;
+    for (size_t i = 0; i < classes.size(); ++i) left += units(i) * cost(classes[i]);
+    left = left * part / parts;
+    for (size_t i = 0; i < classes.size(); ++i) {
+      const i64 all = units(i) * cost(classes[i]);
+      if (left < all) return classes[i].first_tile * panels + left / cost(classes[i]);
+      left -= all;
+    }
+    return tiles * panels;
+  }
+
   // The first position of a tile.
   Cursor start(const TapClass& c, i64 tile) const {
     const i64 first = (tile - c.first_tile) * TILE, positions = i64(c.members.size());
@@ -223,7 +248,7 @@ static void run(const Product& product, i64 planes, bool sign, Element* out, i64
   const i64 units = product.tiles * product.panels;
   const i64 parts = useful_threads(units * product.panel_words() * planes, threads);
   parallel_for(parts, parts, [&](i64 part) {
-    const i64 begin = units * part / parts, end = units * (part + 1) / parts;
+    const i64 begin = product.boundary(part, parts), end = product.boundary(part + 1, parts);
     if (sign) product.compute<true>(begin, end, out);
     else product.compute<false>(begin, end, out);
   });
