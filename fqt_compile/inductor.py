@@ -14,6 +14,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.codegen.wrapper import ExternKernelAllocLine, PythonWrapperCodegen
 from torch._inductor.virtualized import V
+from torch.utils._pytree import tree_leaves
 
 from .kernels import launch
 from .kernels.ops import NAMESPACE, SCHEMAS
@@ -46,7 +47,8 @@ def _launch(operation: str, node: ir.FallbackKernel, operands: Any) -> str | Non
     wrapper = V.graph.wrapper_code
     fakes = [_fake(operand) for operand in operands]
     # A subgraph's wrapper has no module of its own to define a function in.
-    if type(wrapper) is not PythonWrapperCodegen or any(fake is None for fake in fakes):
+    known = all(fake is not None for fake in fakes) and not any(map(_is_symbolic, tree_leaves(node.constant_args)))
+    if type(wrapper) is not PythonWrapperCodegen or not known:
         return None
     args, kwargs = node.unflatten_args(fakes, node.constant_args)
     defined: dict[str, str] = wrapper.__dict__.setdefault("fqt_launches", {})
@@ -61,6 +63,10 @@ def _launch(operation: str, node: ir.FallbackKernel, operands: Any) -> str | Non
         defined[text] = launched.name
         wrapper.header.splice(f"\n{launched.source}\n")
     return defined[text]
+
+
+def _is_symbolic(value: Any) -> bool:
+    return bool(getattr(value, "free_symbols", None)) or isinstance(value, torch.SymInt)
 
 
 def _fake(operand: Any) -> torch.Tensor | None:
