@@ -7,13 +7,14 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from fqt_compile.errors import CompilerMissingError, KernelBuildError
-from fqt_compile.kernels import codegen, cpu
+from fqt_compile.kernels import codegen, cpu, native
 
 TEMPLATE = "dequantize"  # the quickest to compile
 BUILD = f"""
@@ -24,12 +25,14 @@ with isa.force_isa("portable"):
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and nothing loaded yet."""
     directory = tmp_path / "cache"
     monkeypatch.setenv(codegen.CACHE_ENVIRONMENT, str(directory))
     monkeypatch.setattr(codegen, "_libraries", {})
-    return directory
+    native._kernel.cache_clear()
+    yield directory
+    native._kernel.cache_clear()
 
 
 def libraries(cache: Path) -> list[Path]:
