@@ -121,7 +121,7 @@ def layout_patches(gm: fx.GraphModule) -> dict[str, bool]:
     """Inductor's layout optimization off where it has nothing to do: where the model's convolutions read channels_last.
 
     It turns everything of four dimensions before a convolution into channels_last memory, packed words included: with
-    ResNet-18 it transposed and copied them in both directions, 30 kernels a step. Elsewhere its setting is not touched.
+    ResNet-18 it transposed and copied them in both directions, 28 kernels a step. Elsewhere its setting is not touched.
     """
     convolutions = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in CONVOLUTIONS]
     images = [node.args[0].meta.get("example_value") for node in convolutions if isinstance(node.args[0], fx.Node)]

@@ -1,7 +1,7 @@
 """`bench`: whole training steps of eager, Inductor and fqt1bit, with their memory, on one model.
 
-A step is ``zero_grad(set_to_none=True)``, forward, cross-entropy, ``backward()`` and fused Adam, on channels_last
-images. This module checks the settings, has everything measured (`bench_turns`, in processes that run
+A step is ``zero_grad(set_to_none=True)``, forward, cross-entropy, ``backward()`` and fused Adam, on
+channels_last images. This module checks the settings, has everything measured (`bench_turns`, in processes that run
 `bench_worker`) and computes the ratios; `bench_table` shows them.
 """
 

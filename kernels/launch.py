@@ -4,9 +4,9 @@ Through the dispatcher, an operation spends tens of microseconds of every step o
 options, all of which a compiled graph knows beforehand. `record` runs the operation's own implementation (`cpu`) once
 on fake tensors and notes what it allocates and which kernels it calls. The function in `Launch.source` does only that:
 
-    def launch(a0, a1, k_0=fqt.Kernel('conv_product', ...), c_1=fqt.constant((128, 1, ...))):
+    def launch(a0, a1, kernel_0=fqt.Kernel('conv_product', ...), constant_1=fqt.constant((128, 1, ...))):
         b0 = fqt.empty((128, 64, 32, 32), (65536, 1, 2048, 64), torch.int16)
-        k_0(a0.data_ptr(), 1, a1.data_ptr(), c_1, 0, 0, 64, 1, b0.data_ptr(), 0)
+        kernel_0(a0.data_ptr(), 1, a1.data_ptr(), constant_1, 0, 0, 64, 1, b0.data_ptr(), 0)
         return b0
 
 An implementation that computes with torch, copies an operand or reads values is not written down; it goes on being
@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import FQTError
-from . import cpu, native, noise
+from . import cpu, native
 from .codegen import Parameters
 from .cpu_program import program_parameters
-from .native import Kernel, advise_huge_pages, check_threshold
+from .native import Kernel, advise_huge_pages, check_threshold, stream_keys
 
 __all__ = [
     "Kernel",
@@ -40,9 +40,9 @@ __all__ = [
     "check_threshold",
     "constant",
     "empty",
-    "keys",
     "program_parameters",
     "record",
+    "stream_keys",
 ]
 
 empty: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
@@ -85,11 +85,6 @@ def constant(fields: tuple[int, ...]) -> int:
 _constants: list[ctypes.Array[ctypes.c_int64]] = []
 
 
-def keys(seed: Tensor, stream: int) -> tuple[int, int]:
-    """`noise.stream_keys` of a seed in memory."""
-    return noise.stream_keys(int(seed), stream)
-
-
 class Recorder(TorchDispatchMode):
     """Notes the allocations, kernel calls and reads of one implementation that runs on fake tensors."""
 
@@ -114,12 +109,15 @@ class Recorder(TorchDispatchMode):
 
     def call(self, template: str, function: str, args: Sequence[Any], parameters: Parameters) -> None:
         """`native.call`, written down."""
-        kernel = self._default("k", f"fqt.Kernel({template!r}, {function!r}, {_text(parameters)}, {self.operation!r})")
+        kernel = self._default(
+            "kernel", f"fqt.Kernel({template!r}, {function!r}, {_text(parameters)}, {self.operation!r})"
+        )
         self.lines.append(f"{kernel}({', '.join(map(self._argument, args))})")
 
     def stream_keys(self, seed: Tensor, stream: int) -> tuple[Any, Any]:
-        self.lines.append(f"k0, k1 = fqt.keys({self._name(seed)}, {stream})")
-        return _Name("k0"), _Name("k1")
+        names = tuple(f"key_{len(self.lines)}_{half}" for half in ("low", "high"))
+        self.lines.append(f"{', '.join(names)} = fqt.stream_keys({self._name(seed)}, {stream})")
+        return _Name(names[0]), _Name(names[1])
 
     def check_threshold(self, threshold: Tensor) -> None:
         self.lines.append(f"fqt.check_threshold({self._name(threshold)})")
@@ -150,7 +148,7 @@ class Recorder(TorchDispatchMode):
         if value is None:
             return "0"
         if isinstance(value, ctypes.Array):
-            return self._default("c", f"fqt.constant({tuple(value)})")
+            return self._default("constant", f"fqt.constant({tuple(value)})")
         return repr(int(value) if isinstance(value, bool) else value)
 
     def _name(self, t: Tensor) -> str:
@@ -170,12 +168,12 @@ class Recorder(TorchDispatchMode):
 class _Name(int):
     """A number that is known when the launch runs: its name in the text."""
 
+    name: str
+
     def __new__(cls, name: str) -> _Name:
         self = super().__new__(cls)
         self.name = name
         return self
-
-    name: str
 
     def __repr__(self) -> str:
         return self.name
