@@ -1,7 +1,8 @@
 """Which instruction sets kernels are compiled for, and which of them this machine runs.
 
 ``avx512``    VPOPCNTDQ counts 512 bits at once; VBMI and GFNI transpose bits (Ice Lake, Zen 4 and later)
-``avx2``      counts by table look-up in 256-bit registers
+``avx512bw``  counts by table look-up in 512-bit registers (Skylake-X, Cascade Lake)
+``avx2``      the same in 256-bit registers
 ``portable``  no flags: what every compiler targets by default
 """
 
@@ -28,16 +29,25 @@ class Isa:
     compile_flags: tuple[str, ...] = ()
 
 
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vpopcntdq", "gfni", "bmi2")
-_AVX512_CPU = frozenset(_AVX512) - {"avx512vbmi", "avx512vpopcntdq"} | {"avx512vbmi", "avx512_vpopcntdq"}
+_AVX512BW = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "popcnt")
+_AVX512 = (*_AVX512BW, "avx512vbmi", "avx512vpopcntdq", "gfni", "bmi2")
+_IN_CPUINFO = {"avx512vpopcntdq": "avx512_vpopcntdq"}
+
+
+def _isa(*flags: str, more: tuple[str, ...] = ()) -> Isa:
+    return Isa(
+        cpu_flags=frozenset(_IN_CPUINFO.get(flag, flag) for flag in flags),
+        compile_flags=(*(f"-m{flag}" for flag in flags), *more),
+    )
+
+
+# Tuned for anything else, GCC 12 keeps pointers of the innermost loops in vector registers (docs/adr/0010).
+_WIDE = ("-mprefer-vector-width=512", "-mtune=haswell")
 
 ISAS = {
-    "avx512": Isa(
-        cpu_flags=_AVX512_CPU,
-        # Tuned for anything else, GCC 12 keeps pointers of the innermost loops in vector registers (docs/adr/0010).
-        compile_flags=(*(f"-m{flag}" for flag in _AVX512), "-mprefer-vector-width=512", "-mtune=haswell"),
-    ),
-    "avx2": Isa(cpu_flags=frozenset({"avx2", "popcnt"}), compile_flags=("-mavx2", "-mpopcnt")),
+    "avx512": _isa(*_AVX512, more=_WIDE),
+    "avx512bw": _isa(*_AVX512BW, more=_WIDE),
+    "avx2": _isa("avx2", "popcnt"),
     "portable": Isa(),
 }
 """Best first."""

@@ -77,6 +77,10 @@ WIDE = [  # for the products only: output rows that grad_weight_product moves as
     Layer("63-from-65", 3, 7, 9, (65, 65), (3, 3), (1, 1), (0, 0)),
     Layer("1-d-wide", 37, 7, 9, (40,), (3,), (1,), (1,)),
     Layer("1-d-64-taps", 3, 7, 9, (60,), (64,), (1,), (20,)),
+    # Blocks of 32 or 64 channels, with something missing, and sums longer than their first accumulators hold.
+    Layer("block-and-a-panel", 9, 100, 97, (3, 3), (3, 3), (1, 1), (1, 1)),
+    Layer("long-gradients", 9, 33, 4300),
+    Layer("long-rows", 3, 32_700, 5),
 ]
 
 

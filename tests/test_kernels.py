@@ -11,7 +11,7 @@ from grid import LAYERS, REFERENCE, WIDE, Layer, calls, expected, operands, prod
 from torch import Tensor
 
 from fqt_compile.errors import ConfigError, UnsupportedInputError
-from fqt_compile.kernels import cpu
+from fqt_compile.kernels import cpu, packing
 from fqt_compile.kernels import isa as instruction_sets
 
 # NaN activations are part of the grid; that they are announced is tested in test_backend.py.
@@ -74,6 +74,23 @@ def test_wide_products_equal_reference(layer: Layer, isa: str, threads: int) -> 
     for operation, each in product_calls(layer, operands(layer)).items():
         for number, args in enumerate(each):
             assert_same(cpu.OPERATIONS[operation](*args), REFERENCE[operation](*args), f"{operation} call {number}")
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 5, 8])
+def test_largest_sums_equal_reference(bits: int, isa: str) -> None:
+    """Every product at its largest: sums leave bytes and 16 bits as early as they can."""
+    words, channels = 1030, 17
+    rows = torch.full((bits, 3, words), -1, dtype=torch.int64)
+    panels = torch.zeros(2, words, packing.PANEL, dtype=torch.int64)
+    panels[:, :, 1::2] = -1
+    to_input = (rows, panels, channels, 64 * words, [], [], [])
+    samples, size = 64 * 70, [1, 1]
+    lanes = packing.pack_lanes(torch.full((samples, 9, *size), 2**bits - 1, dtype=torch.uint8), bits)
+    x_bits = torch.full((samples, *size, 1), -1, dtype=torch.int64)
+    kept = torch.arange(samples, dtype=torch.int32)
+    to_weight = (lanes, x_bits, kept, 64, 9, "threshold", size, size, [1, 1], [0, 0])
+    for operation, args in (("grad_input_product", to_input), ("grad_weight_product", to_weight)):
+        assert_same(cpu.OPERATIONS[operation](*args), REFERENCE[operation](*args), operation)
 
 
 def test_draws_the_same_seed() -> None:

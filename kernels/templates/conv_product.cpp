@@ -75,7 +75,7 @@ struct Cursor {
 struct Product {
   Geometry g;
   Axis rows, columns;
-  i64 planes, panels;  // bit planes of the rows; groups of 16 channels
+  i64 planes, panels, blocks;  // bit planes of the rows; groups of 16 and of WIDTH channels
   bool sign;           // both operands +-1, else the rows' codes are 0, 1, ... 2**planes - 1
   const u64 *words, *weights;
   std::vector<AxisClass> h_classes, w_classes;
@@ -83,7 +83,7 @@ struct Product {
   i64 tiles;
 
   i64 tap(i64 h, i64 w) const { return h * g.kernel_w + w; }
-  i64 panel_words() const { return g.kernel_h * g.kernel_w * g.words * PANEL; }
+  i64 panel_words() const { return g.kernel_h * g.kernel_w * g.words; }
 
   // Runs of consecutive words: taps that are neighbours along w are merged.
   std::vector<Run> runs_of(const AxisClass& h, const AxisClass& w) const {
@@ -108,14 +108,14 @@ struct Product {
     return members;
   }
 
-  // popcount of the weights of every tap and channel, [taps][panels * 16]
+  // popcount of the weights of every tap and channel, [taps][blocks * WIDTH]
   std::vector<i32> tap_counts() const {
-    const i64 taps = g.kernel_h * g.kernel_w, width = panels * PANEL;
+    const i64 taps = g.kernel_h * g.kernel_w, width = blocks * WIDTH;
     std::vector<i32> counts(taps * width);
     for (i64 j = 0; j < panels; ++j)
       for (i64 t = 0; t < taps; ++t)
         for (i64 k = 0; k < g.words; ++k) {
-          const u64* w = weights + j * panel_words() + (t * g.words + k) * PANEL;
+          const u64* w = weights + (j * panel_words() + t * g.words + k) * PANEL;
           i32* to = &counts[t * width + j * PANEL];
           for (int c = 0; c < PANEL; ++c) to[c] += i32(__builtin_popcountll(w[c]));
         }
@@ -124,7 +124,7 @@ struct Product {
 
   // popcount of the weights over the taps of a class, per channel
   std::vector<i32> class_counts(const TapClass& c, const std::vector<i32>& counts) const {
-    const i64 width = panels * PANEL;
+    const i64 width = blocks * WIDTH;
     std::vector<i32> sum(width);
     for (const Run& run : c.runs)
       for (i64 t = run.b / g.words; t < (run.b + run.length) / g.words; ++t)
@@ -136,6 +136,7 @@ struct Product {
     rows = {g.in_h, g.out_h, g.kernel_h, g.stride_h, g.padding_h, transposed};
     columns = {g.in_w, g.out_w, g.kernel_w, g.stride_w, g.padding_w, transposed};
     panels = ceil_div(g.channels, PANEL);
+    blocks = ceil_div(g.channels, WIDTH);
     h_classes = rows.classes();
     w_classes = columns.classes();
     const std::vector<i32> counts = sign ? std::vector<i32>() : tap_counts();
@@ -144,7 +145,7 @@ struct Product {
       for (const AxisClass& w : w_classes) {
         TapClass c{members_of(h, w), runs_of(h, w), {}, tiles};
         const i32 products = i32(contraction * h.count * w.count);
-        c.base = sign ? std::vector<i32>(panels * PANEL, products) : class_counts(c, counts);
+        c.base = sign ? std::vector<i32>(blocks * WIDTH, products) : class_counts(c, counts);
         if (weight_sum) fill_weight_sum(c, products, weight_sum, threads);
         if (!sign)
           for (i32& value : c.base) value *= i32((1 << planes) - 1);
@@ -162,7 +163,7 @@ struct Product {
     });
   }
 
-  // Words that a tile of a class counts with a panel, and what else it takes, in words.
+  // Words that a tile of a class counts with a block, and what else it takes, in words.
   i64 cost(const TapClass& c) const {
     constexpr i64 LEAVING = 3;
     i64 words = 0;
@@ -170,21 +171,21 @@ struct Product {
     return words * planes + LEAVING;
   }
 
-  // Where one of `parts` parts of all tiles x panels begins, which cost the same.
+  // Where one of `parts` parts of all tiles x blocks begins, which cost the same.
   i64 boundary(i64 part, i64 parts) const {
     auto units = [&](size_t i) {
       const i64 end = i + 1 < classes.size() ? classes[i + 1].first_tile : tiles;
-      return (end - classes[i].first_tile) * panels;
+      return (end - classes[i].first_tile) * blocks;
     };
     i64 left = 0;
     for (size_t i = 0; i < classes.size(); ++i) left += units(i) * cost(classes[i]);
     left = left * part / parts;
     for (size_t i = 0; i < classes.size(); ++i) {
       const i64 all = units(i) * cost(classes[i]);
-      if (left < all) return classes[i].first_tile * panels + left / cost(classes[i]);
+      if (left < all) return classes[i].first_tile * blocks + left / cost(classes[i]);
       left -= all;
     }
-    return tiles * panels;
+    return tiles * blocks;
   }
 
   // The first position of a tile.
@@ -210,32 +211,51 @@ struct Product {
     return used;
   }
 
-  // Tiles x panels begin .. end - 1, panels fastest.
+  // Panels side by side in blocks.
+  const u64* lay_out(Buffer& memory, i64 threads) const {
+    if constexpr (WIDTH == PANEL) {
+      return weights;
+    } else {
+      constexpr i64 GROUP = WIDTH / PANEL;
+      u64* laid = memory.get<u64>(blocks * panel_words() * WIDTH);
+      parallel_for(blocks, useful_threads(blocks * panel_words() * WIDTH, threads), [&](i64 j) {
+        lay_out_columns(weights + j * GROUP * panel_words() * PANEL, std::min(GROUP, panels - j * GROUP), panel_words(),
+                        panel_words(), laid + j * panel_words() * WIDTH);
+      });
+      return laid;
+    }
+  }
+
+  // Tiles x blocks begin .. end - 1, blocks fastest.
   template <bool SIGN, class Element>
-  void compute(i64 begin, i64 end, Element* out) const {
-    Element spare[TILE * PANEL];  // where the last panel is not full
+  void compute(i64 begin, i64 end, const u64* laid, Element* out) const {
+    static thread_local Buffer memory;
+    Element spare[TILE * WIDTH];  // where the last block is not full
     i64 spare_rows[TILE];
-    for (int r = 0; r < TILE; ++r) spare_rows[r] = r * PANEL;
+    for (int r = 0; r < TILE; ++r) spare_rows[r] = r * WIDTH;
     RowPointers from;
     from.plane_stride = g.batch * g.in_h * g.in_w * g.words;
-    i64 tile = begin / panels, first = begin % panels;
+    i64 tile = begin / blocks, first = begin % blocks;
     size_t index = 0;
     while (index + 1 < classes.size() && classes[index + 1].first_tile <= tile) ++index;
     for (Cursor at = start(classes[index], tile); begin < end; ++tile, first = 0) {
       while (index + 1 < classes.size() && classes[index + 1].first_tile <= tile) ++index, at = {};
       const TapClass& c = classes[index];
-      const i64 last = std::min(panels, first + end - begin);
+      const i64 last = std::min(blocks, first + end - begin);
       i64 to[TILE];
-      const int used = locate(c, at, from, to);
+      const int used = locate(c, at, from, to), count = int(c.runs.size());
+      const auto ready = ReadyRows<Xor, RowPointers>::of(from, SIGN ? 1 : int(planes), c.runs.data(), count, memory);
       for (i64 j = first; j < last; ++j) {
-        const i64 channel = j * PANEL, left = g.channels - channel;
-        const Columns base = load_columns(&c.base[channel]);
-        Element* const target = left < PANEL ? spare : out + channel;
-        const i64* const row = left < PANEL ? spare_rows : to;
-        auto store = [&](int r, Columns count) { store_columns(target + row[r], base - (SIGN ? count + count : count)); };
-        count_tile<Xor>(from, SIGN ? 1 : int(planes), c.runs.data(), int(c.runs.size()), weights + j * panel_words(),
-                        store);
-        for (int r = 0; left < PANEL && r < used; ++r)
+        const i64 channel = j * WIDTH, left = g.channels - channel;
+        Columns base[WIDTH / PANEL];
+        for (int p = 0; p < WIDTH / PANEL; ++p) base[p] = load_columns(&c.base[channel + p * PANEL]);
+        Element* const target = left < WIDTH ? spare : out + channel;
+        const i64* const row = left < WIDTH ? spare_rows : to;
+        auto store = [&](int r, int p, Columns sum) {
+          store_columns(target + row[r] + p * PANEL, base[p] - (SIGN ? sum + sum : sum));
+        };
+        count_tile(ready, c.runs.data(), count, laid + j * panel_words() * WIDTH, store);
+        for (int r = 0; left < WIDTH && r < used; ++r)
           std::memcpy(out + to[r] + channel, spare + spare_rows[r], left * sizeof(Element));
       }
       begin += last - first;
@@ -245,12 +265,14 @@ struct Product {
 
 template <class Element>
 static void run(const Product& product, i64 planes, bool sign, Element* out, i64 threads) {
-  const i64 units = product.tiles * product.panels;
-  const i64 parts = useful_threads(units * product.panel_words() * planes, threads);
+  static thread_local Buffer memory;
+  const u64* laid = product.lay_out(memory, threads);
+  const i64 units = product.tiles * product.blocks;
+  const i64 parts = useful_threads(units * product.panel_words() * WIDTH * planes, threads);
   parallel_for(parts, parts, [&](i64 part) {
     const i64 begin = product.boundary(part, parts), end = product.boundary(part + 1, parts);
-    if (sign) product.compute<true>(begin, end, out);
-    else product.compute<false>(begin, end, out);
+    if (sign) product.compute<true>(begin, end, laid, out);
+    else product.compute<false>(begin, end, laid, out);
   });
 }
 

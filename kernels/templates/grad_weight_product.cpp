@@ -11,6 +11,7 @@
 // of a useful width are moved as a whole (row_bits.h); else every position has its pixel looked up. On small
 // images a tap has many of these: where the CPU extracts bits quickly, such a tap is made dense. Positions outside are
 // then left out of x and of the lanes, and the product shrinks with them.
+// Where the micro-kernel counts wider blocks than a panel, the panels are then laid out as it wants them.
 // Phase 2 is an and-popcount matrix product. Positions are processed in pieces, so that one piece of a panel stays
 // in L1 while all bit planes pass, and memory is bounded; pieces add up in acc. After the last piece the 8 output
 // channels of a unit may be finished while they are in cache (grad_weight): dequantized, and through the binarization.
@@ -26,7 +27,7 @@ struct Geometry {
 {% include "row_bits.h" %}
 
 constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel
-constexpr i64 DENSE_COST = 1;  // of a word made dense, in products of a word with a panel (measured with AVX-512)
+constexpr i64 DENSE_COST = 1;  // of a word made dense, in products of a word with a block (measured with AVX-512)
 
 // Moves the bits under a mask to the low end, in order, in six steps of shifts (Hacker's Delight, compress).
 struct Compression {
@@ -61,9 +62,11 @@ struct GradWeight {
   const i32* kept;
   i64 bits, used;   // planes; valid entries of kept
   i64 total_words;  // W
-  i64 taps, panels, tap_panels;
+  i64 taps, panels, tap_panels;  // panels of 16 channels, and of 16 taps
+  i64 blocks, tap_blocks;        // the same of WIDTH
   u64 *columns, *inside;  // [tap][panels][words][16]; [tap_panels][words][16], a column is a tap
-  i32* inside_counts;     // [C_o, padded][tap_panels * 16]
+  const u64 *laid, *laid_inside;  // the same as blocks: [tap][blocks][words][WIDTH]; [tap_blocks][words][WIDTH]
+  i32* inside_counts;             // [C_o, padded][tap_blocks * WIDTH]
   std::vector<i64> filled;  // by tap: words of its columns that hold positions
   std::vector<std::vector<Compression>> dense;  // by tap: of every word of lanes; empty where the tap is not dense
 
@@ -126,7 +129,7 @@ struct GradWeight {
     for (i64 tap = 0; tap < taps; ++tap) {
       i64 count = 0;
       for (i64 word = 0; word < words; ++word) count += __builtin_popcountll(inside_of(tap, word, words));
-      if ((words - ceil_div(count, WORD)) * panels <= words * DENSE_COST) continue;
+      if ((words - ceil_div(count, WORD)) * blocks <= words * DENSE_COST) continue;
       for (i64 word = 0; word < words; ++word) dense[tap].emplace_back(inside_of(tap, word, words));
       filled[tap] = ceil_div(count, WORD);
     }
@@ -224,46 +227,72 @@ struct GradWeight {
     return {lanes + (tile * total_words + first) * LANE_TILE, tiles() * total_words};
   }
 
-  // The lanes of a tile as a tap needs them; those of a dense tap in `own`, [bits][words][8].
-  LaneTile tap_lanes(i64 tap, i64 tile, i64 first, i64 words, u64* own) const {
-    const LaneTile all = lane_tile(tile, first);
-    if (dense[tap].empty()) return all;
-    const LaneTile inside_only{own, words};
+  // The lanes that a dense tap needs, [bits][words][8].
+  LaneTile dense_lanes(i64 tap, const LaneTile& all, i64 words, Buffer& memory) const {
+    u64* own = memory.get<u64>(bits * words * LANE_TILE);
     for (i64 plane = 0; plane < bits; ++plane)
       compress_lanes(all.base + plane * all.plane_stride * LANE_TILE, dense[tap], own + plane * words * LANE_TILE);
-    return inside_only;
+    return {own, words};
   }
 
-  // |q & inside| of 8 output channels under 16 taps.
-  void count_inside(i64 tile, i64 tap_panel, i64 first, i64 words) const {
+  ReadyRows<And, LaneTile> ready_rows(const LaneTile& rows, i64 words, Buffer& memory) const {
     const Run run{0, 0, words};
-    i32* to = inside_counts + tile * TILE * tap_panels * PANEL + tap_panel * PANEL;
-    count_tile<And>(lane_tile(tile, first), int(bits), &run, 1, inside + tap_panel * words * PANEL,
-                    [&](int r, Columns sum) { store_columns(to + r * tap_panels * PANEL, sum); });
+    return ReadyRows<And, LaneTile>::of(rows, int(bits), &run, 1, memory);
   }
 
-  // Phase 2 for one tap, 8 output channels and 16 input channels; acc of these output channels.
+  // Phase 1 for micro-kernels with wider blocks.
+  void lay_out(i64 words, Buffer& memory, i64 threads) {
+    if constexpr (WIDTH == PANEL) {
+      laid = columns, laid_inside = inside;
+    } else {
+      constexpr i64 GROUP = WIDTH / PANEL;
+      u64* to = memory.get<u64>((taps * blocks + tap_blocks) * words * WIDTH);
+      parallel_for(taps * blocks, threads, [&](i64 unit) {
+        const i64 tap = unit / blocks, first = unit % blocks * GROUP;
+        lay_out_columns(column(tap, first, words), std::min(GROUP, panels - first), words, filled[tap],
+                        to + unit * words * WIDTH);
+      });
+      u64* inside_to = to + taps * blocks * words * WIDTH;
+      for (i64 j = 0; j < tap_blocks; ++j)
+        lay_out_columns(inside + j * GROUP * words * PANEL, std::min(GROUP, tap_panels - j * GROUP), words, words,
+                        inside_to + j * words * WIDTH);
+      laid = to, laid_inside = inside_to;
+    }
+  }
+
+  // |q & inside| of 8 output channels under all taps.
+  void count_inside(const ReadyRows<And, LaneTile>& rows, i64 tile, i64 words) const {
+    const Run run{0, 0, words};
+    i32* to = inside_counts + tile * TILE * tap_blocks * WIDTH;
+    for (i64 j = 0; j < tap_blocks; ++j)
+      count_tile(rows, &run, 1, laid_inside + j * words * WIDTH, [&](int r, int p, Columns sum) {
+        store_columns(to + (r * tap_blocks + j) * WIDTH + p * PANEL, sum);
+      });
+  }
+
+  // Phase 2 for one tap, 8 output channels and WIDTH input channels; acc of these output channels.
   template <bool SIGN>
-  inline __attribute__((always_inline)) void multiply(const LaneTile& rows, i64 tap, i64 tile, i64 panel, i64 first, i64 words, i32* acc) const {
+  inline __attribute__((always_inline)) void multiply(const ReadyRows<And, LaneTile>& rows, i64 tap, i64 tile, i64 block,
+                                                      i64 first, i64 words, i32* acc) const {
     const Run run{0, 0, filled[tap]};
-    const i64 used_columns = std::min<i64>(PANEL, g.in_channels - panel * PANEL), row_size = taps * g.in_channels;
+    const i64 used_columns = std::min<i64>(WIDTH, g.in_channels - block * WIDTH), row_size = taps * g.in_channels;
     const int used_rows = int(std::min<i64>(TILE, g.out_channels - tile * TILE));
-    i32* to = acc + tap * g.in_channels + panel * PANEL;
-    const i32* counted = inside_counts + tile * TILE * tap_panels * PANEL + tap;
-    const bool whole = used_columns == PANEL && used_rows == TILE;
-    i32 spare[TILE * PANEL];
+    i32* to = acc + tap * g.in_channels + block * WIDTH;
+    const i32* counted = inside_counts + tile * TILE * tap_blocks * WIDTH + tap;
+    const bool whole = used_columns == WIDTH && used_rows == TILE;
+    i32 spare[TILE * WIDTH];
     if (!whole) std::memset(spare, 0, sizeof spare);
-    if (!whole && first) copy(to, row_size, used_rows, used_columns, spare, PANEL);
+    if (!whole && first) copy(to, row_size, used_rows, used_columns, spare, WIDTH);
     i32* const target = whole ? to : spare;
-    const i64 stride = whole ? row_size : PANEL;
+    const i64 stride = whole ? row_size : WIDTH;
     for (int r = 0; r < TILE; ++r) __builtin_prefetch(target + r * stride, 1);
-    auto store = [&](int r, Columns sum) {
-      if (SIGN) sum += sum - u32(counted[r * tap_panels * PANEL]);
-      if (first) sum += load_columns(target + r * stride);
-      store_columns(target + r * stride, sum);
+    auto store = [&](int r, int p, Columns sum) {
+      if (SIGN) sum += sum - u32(counted[r * tap_blocks * WIDTH]);
+      if (first) sum += load_columns(target + r * stride + p * PANEL);
+      store_columns(target + r * stride + p * PANEL, sum);
     };
-    count_tile<And>(rows, int(bits), &run, 1, column(tap, panel, words), store);
-    if (!whole) copy(spare, PANEL, used_rows, used_columns, to, row_size);
+    count_tile(rows, &run, 1, laid + (tap * blocks + block) * words * WIDTH, store);
+    if (!whole) copy(spare, WIDTH, used_rows, used_columns, to, row_size);
   }
 
   static void copy(const i32* from, i64 from_stride, i64 rows, i64 columns, i32* to, i64 to_stride) {
@@ -289,22 +318,24 @@ struct GradWeight {
   // between its products before. acc of all, or null where they are complete after this piece and needed by finish only.
   template <bool SIGN, class Finish>
   void multiply_all(i64 first, i64 words, i32* acc, i32* code_sum, i64 threads, Finish finish) const {
-    if (SIGN)
-      parallel_for(tiles() * tap_panels, threads,
-                   [&](i64 unit) { count_inside(unit / tap_panels, unit % tap_panels, first, words); });
     parallel_for(taps * panels, threads,
                  [&](i64 unit) { sum_codes(unit / panels, unit % panels, first, words, SIGN, code_sum); });
-    // A unit keeps the lanes of 8 channels in L2 and passes the panels of all taps.
+    // A unit keeps the lanes of 8 channels in L2 and passes the blocks of all taps.
     const i64 size = TILE * taps * g.in_channels;
     parallel_for(tiles(), threads, [&](i64 tile) {
-      static thread_local Buffer own, own_lanes;
+      static thread_local Buffer own, own_lanes, own_rows, dense_rows;
       i32* sums = acc ? acc + tile * size : own.get<i32>(size);
       const bool last = (first + words) * WORD >= positions();
+      const LaneTile lanes_of_all = lane_tile(tile, first);
+      const auto all = ready_rows(lanes_of_all, words, own_rows);
+      if (SIGN) count_inside(all, tile, words);
       for (i64 tap = 0; tap < taps; ++tap) {
-        const LaneTile rows = tap_lanes(tap, tile, first, words, own_lanes.get<u64>(bits * words * LANE_TILE));
-        for (i64 panel = 0; panel < panels; ++panel) {
-          multiply<SIGN>(rows, tap, tile, panel, first, words, sums);
-          if (last) finish.expect(tile, tap * panels + panel, taps * panels);
+        const bool some = !dense[tap].empty();
+        const LaneTile lanes_of_some = some ? dense_lanes(tap, lanes_of_all, words, own_lanes) : lanes_of_all;
+        const auto rows = some ? ready_rows(lanes_of_some, filled[tap], dense_rows) : all;
+        for (i64 block = 0; block < blocks; ++block) {
+          multiply<SIGN>(rows, tap, tile, block, first, words, sums);
+          if (last) finish.expect(tile, tap * blocks + block, taps * blocks);
         }
       }
       if (last) finish(tile, sums);
@@ -313,12 +344,12 @@ struct GradWeight {
 
   template <class Finish>
   void run(bool sign, i32* acc, i32* code_sum, i64 threads, Finish finish) {
-    static thread_local Buffer buffer, counts_buffer;
+    static thread_local Buffer buffer, laid_buffer, counts_buffer;
     const i64 words = ceil_div(positions(), WORD);  // words of unused rows hold no code
     const i64 piece = std::min(PIECE, words);
     columns = buffer.get<u64>((taps * panels + tap_panels) * piece * PANEL);
     inside = columns + taps * panels * piece * PANEL;
-    inside_counts = counts_buffer.get<i32>(tiles() * TILE * tap_panels * PANEL);
+    inside_counts = counts_buffer.get<i32>(tiles() * TILE * tap_blocks * WIDTH);
     for (i64 first = 0; first < words; first += piece) {
       const i64 count = std::min(piece, words - first);
       const i64 gathering = useful_threads(taps * count * g.words * WORD, threads);
@@ -326,6 +357,7 @@ struct GradWeight {
       choose_dense(count);
       if (RowBits::useful(g)) move_rows(first, count, gathering);
       else move_pixels(first, count, gathering);
+      lay_out(count, laid_buffer, gathering);
       const i64 useful = useful_threads(count * g.out_channels * taps * panels, threads);
       if (sign) multiply_all<true>(first, count, acc, code_sum, useful, finish);
       else multiply_all<false>(first, count, acc, code_sum, useful, finish);
@@ -346,6 +378,8 @@ static GradWeight make_product(const u64* lanes, i64 bits, const u64* x, const i
   product.taps = product.g.kernel_h * product.g.kernel_w;
   product.panels = ceil_div(product.g.in_channels, PANEL);
   product.tap_panels = ceil_div(product.taps, PANEL);
+  product.blocks = ceil_div(product.g.in_channels, WIDTH);
+  product.tap_blocks = ceil_div(product.taps, WIDTH);
   return product;
 }
 
