@@ -29,7 +29,7 @@ import platformdirs
 
 from ..errors import CompilerMissingError, KernelBuildError
 from . import noise, packing, reference, selection
-from .isa import ISAS, current_isa
+from .isa import ISAS
 
 CACHE_ENVIRONMENT = "FQT_COMPILE_CACHE"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -228,9 +228,8 @@ def build(template: str, isa: str, parameters: Parameters = ()) -> Path:
     return library
 
 
-def library(template: str, parameters: Parameters = ()) -> ctypes.CDLL:
-    """The loaded library of a template for the current instruction set."""
-    isa = current_isa()
+def library(template: str, isa: str, parameters: Parameters = ()) -> ctypes.CDLL:
+    """The loaded library of a template for an instruction set."""
     loaded = _libraries.get((template, isa, parameters))
     if loaded is not None:
         return loaded

@@ -195,7 +195,7 @@ def grad_input_product(
         stride=stride,
         padding=padding,
     )
-    call("conv_product", "conv_product", codes, bits, w, shape, True, False, out_channels, False, acc, weight_sum)
+    call("grad_input_product", "grad_input_product", codes, bits, w, shape, out_channels, acc, weight_sum)
     return acc, weight_sum
 
 

@@ -140,5 +140,5 @@ def output_product(
         padding=padding,
     )
     sign = choice("code", code, CODES)
-    call("conv_product", "conv_product", x, 1, w, shape, False, sign, in_channels, narrow, acc, None)
+    call("output_product", "output_product", x, w, shape, sign, in_channels, narrow, acc)
     return acc

@@ -84,6 +84,11 @@ def current_isa() -> str:
     return _default() if _forced is None else _forced
 
 
+def is_forced() -> bool:
+    """Whether somebody asked for the instruction set in use."""
+    return _forced is not None or bool(os.environ.get(ENVIRONMENT))
+
+
 @functools.cache  # every call of a kernel asks
 def _default() -> str:
     wanted = os.environ.get(ENVIRONMENT)

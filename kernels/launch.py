@@ -4,7 +4,7 @@ Through the dispatcher, an operation spends tens of microseconds of every step o
 options, all of which a compiled graph knows beforehand. `record` runs the operation's own implementation (`cpu`) once
 on fake tensors and notes what it allocates and which kernels it calls. The function in `Launch.source` does only that:
 
-    def launch(a0, a1, kernel_0=fqt.Kernel('conv_product', ...), constant_1=fqt.constant((128, 1, ...))):
+    def launch(a0, a1, kernel_0=fqt.Kernel('output_product', ...), constant_1=fqt.constant((128, 1, ...))):
         b0 = fqt.empty((128, 64, 32, 32), (65536, 1, 2048, 64), torch.int16)
         kernel_0(a0.data_ptr(), 1, a1.data_ptr(), constant_1, 0, 0, 64, 1, b0.data_ptr(), 0)
         return b0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedInputError
 from . import codegen, memory, noise, ops, packing, reference
-from .isa import current_isa
+from .counting import isa_of
 from .packing import ceil_div
 
 INT32_LIMIT = 2**31 - 1
@@ -30,7 +30,7 @@ _profiler_enabled = torch.autograd._profiler_enabled
 
 
 class Kernel:
-    """One exported function of a template's library, for the instruction set in use when it is called.
+    """One exported function of a template's library, for the instruction set it has when it is called (`counting`).
 
     ``operation`` names it to the profiler, which sees what goes through the dispatcher by itself.
     """
@@ -42,7 +42,8 @@ class Kernel:
 
     def __call__(self, *arguments: int) -> None:
         """Run it on all of torch's threads; raises where it refuses its operands."""
-        entry = self._entries.get(current_isa()) or self._load(len(arguments) + 1)
+        isa = isa_of(self.template)
+        entry = self._entries.get(isa) or self._load(isa, len(arguments) + 1)
         if self.event and _profiler_enabled():
             with torch.profiler.record_function(self.event):
                 status = entry(*arguments, torch.get_num_threads())
@@ -54,9 +55,9 @@ class Kernel:
                 "accepted: indices below its size, then only -1"
             )
 
-    def _load(self, count: int) -> Callable[..., int]:
-        entry = _entry(codegen.library(self.template, self.parameters), self.function, count)
-        self._entries[current_isa()] = entry
+    def _load(self, isa: str, count: int) -> Callable[..., int]:
+        entry = _entry(codegen.library(self.template, isa, self.parameters), self.function, count)
+        self._entries[isa] = entry
         return entry
 
 

@@ -18,9 +18,8 @@ from fqt_compile.kernels import codegen, cpu, native
 
 TEMPLATE = "dequantize"  # the quickest to compile
 BUILD = f"""
-from fqt_compile.kernels import codegen, isa
-with isa.force_isa("portable"):
-    codegen.library({TEMPLATE!r})
+from fqt_compile.kernels import codegen
+codegen.library({TEMPLATE!r}, "portable")
 """
 
 
@@ -70,7 +69,7 @@ def test_concurrent_processes_build_one_library(cache: Path) -> None:
 
 
 def test_concurrent_threads_load_one_library(cache: Path) -> None:
-    threads = [threading.Thread(target=codegen.library, args=(TEMPLATE,)) for _ in range(4)]
+    threads = [threading.Thread(target=codegen.library, args=(TEMPLATE, "portable")) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

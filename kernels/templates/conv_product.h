@@ -1,5 +1,3 @@
-{% include "common.h" %}
-{% include "tile.h" %}
 // output_product and grad_input_product: one xor kernel over rows [planes][N][IH][IW][CW] and panels
 // [channels/16][taps][CW][16] (packing.py).
 //
@@ -263,31 +261,24 @@ struct Product {
   }
 };
 
-template <class Element>
-static void run(const Product& product, i64 planes, bool sign, Element* out, i64 threads) {
+// A prepared product. out [N][OH][OW][channels].
+template <bool SIGN, class Element>
+static void run(Product& product, Element* out, i64 threads) {
   static thread_local Buffer memory;
   const u64* laid = product.lay_out(memory, threads);
   const i64 units = product.tiles * product.blocks;
-  const i64 parts = useful_threads(units * product.panel_words() * WIDTH * planes, threads);
+  const i64 parts = useful_threads(units * product.panel_words() * WIDTH * product.planes, threads);
   parallel_for(parts, parts, [&](i64 part) {
-    const i64 begin = product.boundary(part, parts), end = product.boundary(part + 1, parts);
-    if (sign) product.compute<true>(begin, end, laid, out);
-    else product.compute<false>(begin, end, laid, out);
+    product.compute<SIGN>(product.boundary(part, parts), product.boundary(part + 1, parts), laid, out);
   });
 }
 
-// out [N][OH][OW][channels], int16 where `narrow`, else int32; weight_sum int32 [OH][OW][channels] or null.
-// contraction: channels per tap.
-EXPORT i64 conv_product(const u64* words, i64 planes, const u64* weights, const Geometry* geometry, i64 transposed,
-                        i64 sign, i64 contraction, i64 narrow, void* out, i32* weight_sum, i64 threads) {
+static Product make_product(const u64* words, i64 planes, const u64* weights, const Geometry* geometry, bool sign) {
   Product product{};
   product.g = *geometry;
   product.planes = planes;
   product.sign = sign;
   product.words = words;
   product.weights = weights;
-  product.prepare(transposed, contraction, weight_sum, threads);
-  if (narrow) run(product, planes, sign, static_cast<i16*>(out), threads);
-  else run(product, planes, sign, static_cast<i32*>(out), threads);
-  return OK;
+  return product;
 }
