@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from grid import LAYERS, REFERENCE, WIDE, Layer, calls, expected, operands, product_calls
+from grid import LAYERS, REFERENCE, WIDE, Call, Layer, calls, expected, operands, product_calls
 from torch import Tensor
 
 from fqt_compile.errors import ConfigError, UnsupportedInputError
@@ -69,11 +70,17 @@ def test_equals_reference(operation: str, layer: Layer, isa: str, threads: int) 
         assert_same(actual, result, f"{operation} call {number}")
 
 
+@functools.cache
+def _wide(layer: Layer) -> list[tuple[str, Call, Any]]:
+    """Products of a layer, with the reference's results."""
+    each = product_calls(layer, operands(layer)).items()
+    return [(operation, args, REFERENCE[operation](*args)) for operation, made in each for args in made]
+
+
 @pytest.mark.parametrize("layer", WIDE, ids=lambda layer: layer.name)
 def test_wide_products_equal_reference(layer: Layer, isa: str, threads: int) -> None:
-    for operation, each in product_calls(layer, operands(layer)).items():
-        for number, args in enumerate(each):
-            assert_same(cpu.OPERATIONS[operation](*args), REFERENCE[operation](*args), f"{operation} call {number}")
+    for number, (operation, args, wanted) in enumerate(_wide(layer)):
+        assert_same(cpu.OPERATIONS[operation](*args), wanted, f"{operation}, product {number}")
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 5, 8])
