@@ -2,7 +2,8 @@
 
 A library is one template rendered with the constants of the Python modules that define them, compiled for one
 instruction set. Cached as ``<template>-<isa>-<key>.cpp`` (readable), ``.so`` and ``.sha256``, where the key hashes
-source, flags, compiler and machine. A library whose checksum does not match is built again.
+source, flags, compiler and machine. A library whose checksum does not match is built again. Measurements (`cost`,
+`counting`) lie beside them.
 Nothing here runs at import: the first call of an operation builds what it needs.
 """
 

@@ -2,8 +2,8 @@
 
 Forward and both gradients of a layer take ``overhead + work / rate``: packed and in float. The two constants of each
 come from timing two layers, a small and a large one, the first time they are asked for; they are kept beside the
-compiled kernels, one file per machine, thread count and version. Used by ``skip=("slow",)`` only: what is packed
-decides the numbers, and numbers should not depend on the machine unless that is asked for.
+compiled kernels, one file per machine, thread count, version and kernel sources. Used by ``skip=("slow",)`` only: what
+is packed decides the numbers, and numbers should not depend on the machine unless that is asked for.
 """
 
 from __future__ import annotations
@@ -64,8 +64,13 @@ class Costs:
 
 def costs() -> Costs:
     """The constants of this machine, measured the first time (about a second) and read from the cache later."""
-    parts = (torch.__version__, current_isa(), torch.get_num_threads(), codegen.machine_name())
+    parts = (torch.__version__, current_isa(), torch.get_num_threads(), codegen.machine_name(), _sources())
     return _costs(hashlib.sha256(repr(parts).encode()).hexdigest()[:16])
+
+
+@functools.cache
+def _sources() -> str:
+    return hashlib.sha256(repr(codegen.rendered_sources()).encode()).hexdigest()
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Which instruction sets kernels are compiled for, and which of them this machine runs.
 
 ``avx512``    VPOPCNTDQ counts 512 bits at once; VBMI and GFNI transpose bits (Ice Lake, Zen 4 and later)
-``avx512bw``  counts by table look-up in 512-bit registers (Skylake-X, Cascade Lake)
+``avx512tables``  the same, but products by table look-up (docs/adr/0013)
+``avx512bw``  products by table look-up in 512-bit registers (Skylake-X, Cascade Lake)
 ``avx2``      the same in 256-bit registers
 ``portable``  no flags: what every compiler targets by default
 """
@@ -46,6 +47,7 @@ _WIDE = ("-mprefer-vector-width=512", "-mtune=haswell")
 
 ISAS = {
     "avx512": _isa(*_AVX512, more=_WIDE),
+    "avx512tables": _isa(*_AVX512, more=(*_WIDE, "-DFQT_TABLES")),
     "avx512bw": _isa(*_AVX512BW, more=_WIDE),
     "avx2": _isa("avx2", "popcnt"),
     "portable": Isa(),
@@ -81,18 +83,19 @@ def _checked(name: str, source: str) -> str:
 
 def current_isa() -> str:
     """The instruction set in use: `force_isa`, else ``FQT_COMPILE_ISA`` as it was at first, else the best one."""
-    return _default() if _forced is None else _forced
+    return _default()[0] if _forced is None else _forced
 
 
 def is_forced() -> bool:
     """Whether somebody asked for the instruction set in use."""
-    return _forced is not None or bool(os.environ.get(ENVIRONMENT))
+    return _forced is not None or _default()[1]
 
 
 @functools.cache  # every call of a kernel asks
-def _default() -> str:
+def _default() -> tuple[str, bool]:
+    """What is used unless forced, and whether the environment says so."""
     wanted = os.environ.get(ENVIRONMENT)
-    return _checked(wanted, ENVIRONMENT) if wanted else supported_isas()[0]
+    return (_checked(wanted, ENVIRONMENT), True) if wanted else (supported_isas()[0], False)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ on fake tensors and notes what it allocates and which kernels it calls. The func
 
     def launch(a0, a1, kernel_0=fqt.Kernel('output_product', ...), constant_1=fqt.constant((128, 1, ...))):
         b0 = fqt.empty((128, 64, 32, 32), (65536, 1, 2048, 64), torch.int16)
-        kernel_0(a0.data_ptr(), 1, a1.data_ptr(), constant_1, 0, 0, 64, 1, b0.data_ptr(), 0)
+        kernel_0(a0.data_ptr(), a1.data_ptr(), constant_1, 0, 64, 1, b0.data_ptr())
         return b0
 
 An implementation that computes with torch, copies an operand or reads values is not written down; it goes on being

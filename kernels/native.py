@@ -55,6 +55,10 @@ class Kernel:
                 "accepted: indices below its size, then only -1"
             )
 
+    def on(self, isa: str, threads: int, *args: Tensor | int | ctypes.Array[ctypes.c_int64] | None) -> None:
+        """Run it for an instruction set that is not the one in use, without a look at its status."""
+        (self._entries.get(isa) or self._load(isa, len(args) + 1))(*map(_argument, args), threads)
+
     def _load(self, isa: str, count: int) -> Callable[..., int]:
         entry = _entry(codegen.library(self.template, isa, self.parameters), self.function, count)
         self._entries[isa] = entry

@@ -2,66 +2,127 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from fqt_compile.kernels import codegen, counting, cpu
+from fqt_compile.errors import KernelBuildError
+from fqt_compile.kernels import codegen, counting, cpu, native
 from fqt_compile.kernels import isa as instruction_sets
 
 POPCOUNTS, TABLES = counting.CANDIDATES
 
 
+class Measurement:
+    """What is found on a CPU that has both, where nobody asked for one; ``count``: how often it is made."""
+
+    def __init__(self) -> None:
+        self.seconds = [2.0, 1.0]
+        self.count = 0
+        self.error: Exception | None = None
+
+    def __call__(self, threads: int) -> list[float]:
+        self.count += 1
+        if self.error is not None:
+            raise self.error
+        return list(self.seconds)
+
+
 @pytest.fixture
-def seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What a measurement finds, on a CPU that has both and where nobody asked for one; counts measurements."""
-    found = {POPCOUNTS: 2.0, TABLES: 1.0, "measured": 0}
-
-    def measure(isa: str) -> float:
-        found["measured"] += 1
-        return found[isa]
-
+def measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurement]:
+    made = Measurement()
     monkeypatch.setenv(codegen.CACHE_ENVIRONMENT, str(tmp_path / "cache"))
-    monkeypatch.delenv(instruction_sets.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(instruction_sets, "_default", lambda: POPCOUNTS)
-    monkeypatch.setattr(counting, "_seconds", measure)
-    monkeypatch.setattr(counting, "_faster", counting._faster.__wrapped__)  # forgets at once what is not on disk
-    return found
+    monkeypatch.setattr(instruction_sets, "_default", lambda: (POPCOUNTS, False))
+    monkeypatch.setattr(counting, "_seconds", made)
+    counting._faster.cache_clear()
+    yield made
+    counting._faster.cache_clear()
 
 
 @pytest.mark.parametrize("faster", counting.CANDIDATES)
-def test_gradients_take_the_faster(seconds: dict[str, float], faster: str) -> None:
-    seconds[faster] = 0.5
+def test_gradients_take_the_faster(measurement: Measurement, faster: str) -> None:
+    measurement.seconds[counting.CANDIDATES.index(faster)] = 0.5
     assert {counting.isa_of(template) for template in counting.GRADIENT_PRODUCTS} == {faster}
     assert counting.isa_of("output_product") == POPCOUNTS
-    assert seconds["measured"] == 2
-    seconds[POPCOUNTS], seconds[TABLES] = seconds[TABLES], seconds[POPCOUNTS]  # not asked for again
+    counting._faster.cache_clear()  # as in another process
+    measurement.seconds.reverse()
     assert counting.isa_of("grad_input_product") == faster
+    assert measurement.count == 1
 
 
-def test_what_is_asked_for_is_used(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_is_used(measurement: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
     with cpu.force_isa("portable"):
         assert counting.isa_of("grad_weight_product") == "portable"
-    monkeypatch.setenv(instruction_sets.ENVIRONMENT, POPCOUNTS)
+    monkeypatch.setattr(instruction_sets, "_default", lambda: (POPCOUNTS, True))
     assert counting.isa_of("grad_weight_product") == POPCOUNTS
-    assert not seconds["measured"]
+    assert not measurement.count
 
 
-def test_other_cpus_have_no_choice(seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instruction_sets, "_default", lambda: TABLES)
-    assert counting.isa_of("grad_weight_product") == TABLES
-    assert not seconds["measured"]
+def test_other_cpus_have_no_choice(measurement: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruction_sets, "_default", lambda: ("avx2", False))
+    assert counting.isa_of("grad_weight_product") == "avx2"
+    assert not measurement.count
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"avx512": 1}', '{"avx512": 1, "avx512bw": "x"}'])
-def test_unreadable_answer_is_measured_again(seconds: dict[str, float], text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"avx512": 1}', '{"avx512": 1, "avx512tables": "x"}', "1" * 400])
+def test_unreadable_answer_is_measured_again(measurement: Measurement, text: str) -> None:
     assert counting.isa_of("grad_weight_product") == TABLES
     (path,) = codegen.cache_directory().glob("counting-*.json")
     path.write_text(text)
+    counting._faster.cache_clear()
     assert counting.isa_of("grad_weight_product") == TABLES
-    assert seconds["measured"] == 4
+    assert measurement.count == 2
 
 
-@pytest.mark.parametrize("isa", cpu.supported_isas())
-def test_measures(isa: str) -> None:
-    assert 0 < counting._seconds(isa) < 10
+def test_an_answer_that_cannot_be_kept_is_used(measurement: Measurement, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        raise PermissionError(path)
+        yield path
+
+    monkeypatch.setattr(codegen, "replacing", full)
+    assert counting.isa_of("grad_weight_product") == TABLES
+
+
+def test_popcounts_where_tables_cannot_be_built(measurement: Measurement) -> None:
+    measurement.error = KernelBuildError("no")
+    assert counting.isa_of("grad_weight_product") == POPCOUNTS
+
+
+def test_threads_measure_once(measurement: Measurement) -> None:
+    barrier, found = threading.Barrier(4), []
+
+    def ask() -> None:
+        barrier.wait()
+        found.append(counting.isa_of("grad_input_product"))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [TABLES] * 4
+    assert measurement.count == 1
+    assert not instruction_sets.is_forced()
+
+
+def test_measures_without_forcing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads would see it."""
+    run, forced = native.Kernel.on, []
+
+    def noticed(self: native.Kernel, *args: Any) -> None:
+        forced.append(instruction_sets._forced)
+        run(self, *args)
+
+    monkeypatch.setattr(native.Kernel, "on", noticed)
+    isas = tuple(cpu.supported_isas())
+    with torch.device("meta"):  # what tensors are made on by default does not matter
+        seconds = counting._seconds(1, isas)
+    assert len(seconds) == len(isas)
+    assert all(0 < s < 10 for s in seconds)
+    assert forced == [None] * len(isas) * (1 + counting.REPEATS)

@@ -13,8 +13,9 @@
 // then left out of x and of the lanes, and the product shrinks with them.
 // Where the micro-kernel counts wider blocks than a panel, the panels are then laid out as it wants them.
 // Phase 2 is an and-popcount matrix product. Positions are processed in pieces, so that one piece of a panel stays
-// in L1 while all bit planes pass, and memory is bounded; pieces add up in acc. After the last piece the 8 output
-// channels of a unit may be finished while they are in cache (grad_weight): dequantized, and through the binarization.
+// in L1 (a wider block: in L2) while all bit planes pass, and memory is bounded; pieces add up in acc. After the last
+// piece the 8 output channels of a unit may be finished while they are in cache (grad_weight): dequantized, and through
+// the binarization.
 // Where one piece is all, their acc is then memory of the thread, which never leaves its cache, and the products, which
 // read little from memory, fetch what finishing needs from there.
 
@@ -26,7 +27,7 @@ struct Geometry {
 
 {% include "row_bits.h" %}
 
-constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel
+constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel, 32 or 64 KB of a block of tile_tables.h
 constexpr i64 DENSE_COST = 1;  // of a word made dense, in products of a word with a block (measured with AVX-512)
 
 // Moves the bits under a mask to the low end, in order, in six steps of shifts (Hacker's Delight, compress).

@@ -47,7 +47,7 @@ typedef u32 Columns __attribute__((vector_size(4 * PANEL)));  // counts of a row
 // Up to WIDTH / PANEL panels as one block [words][WIDTH]; what is missing is zero. A panel has room for panel_words.
 void lay_out_columns(const u64* panels, i64 count, i64 panel_words, i64 words, u64* block);
 
-#if defined(__AVX512VPOPCNTDQ__)
+#if defined(__AVX512VPOPCNTDQ__) && !defined(FQT_TABLES)
 {% include "tile_popcount.h" %}
 #elif defined(__AVX2__)
 {% include "tile_tables.h" %}

@@ -4,8 +4,8 @@
 //     table[i] = sum over elements e < 4 and planes p of 2**p (bit p of row element e  op  bit e of i)
 //
 // so that four planes cost as much as one. An entry is at most 4 * 15; bytes take four of them before they are
-// widened. A single plane is counted in other ways (plane_*.h). Blocks are [k][8 bytes of a word][WIDTH]; column c is
-// byte 2 c for the first half of the columns, 2 c + 1 for the second, so that a vector of 16-bit sums holds neighbours.
+// widened. A single plane is counted in other ways (plane_*.h). Blocks are [k][8 bytes of a word][WIDTH]; byte 2 i is
+// column i, byte 2 i + 1 column i + WIDTH / 2, so that a vector of 16-bit sums holds neighbours.
 
 #if defined(__AVX512BW__)
 constexpr int WIDTH = 64, AT_ONCE = 8;  // rows whose sums are in registers
