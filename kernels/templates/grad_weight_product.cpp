@@ -1,14 +1,15 @@
 {% include "common.h" %}
 {% include "tile.h" %}
 {% include "weight_gradient.h" %}
+{% include "grad_weight_columns.h" %}
 // grad_weight_product: the contraction runs over positions m = (kept row, oh, ow), 64 to a word.
 //
 //     acc[c_o, c_i, tap] = sum over m of q[c_o, m] code(x[c_i, pixel of m under the tap])
 //         threshold: |q & x|            sign: 2 |q & x| - |q & inside|      (|.| weighted by 2**plane)
 //
-// Phase 1 lays out, for every tap, the bits of x along m: panels [tap][C_i/16][W][16]; bits of positions whose
-// pixel is outside the image, or whose row is unused, are clear, and `inside` [tap][W] says which those are. Output rows
-// of a useful width are moved as a whole (row_bits.h); else every position has its pixel looked up. On small
+// Phase 1 (grad_weight_columns.h) lays out, for every tap, the bits of x along m: panels [tap][C_i/16][W][16]; bits of
+// positions whose pixel is outside the image, or whose row is unused, are clear, and `inside` [tap][W] says which those
+// are. Output rows of a useful width are moved as a whole (row_bits.h); else every position has its pixel looked up. On small
 // images a tap has many of these: where the CPU extracts bits quickly, such a tap is made dense. Positions outside are
 // then left out of x and of the lanes, and the product shrinks with them.
 // Where the micro-kernel counts wider blocks than a panel, the panels are then laid out as it wants them.
@@ -19,141 +20,14 @@
 // Where one piece is all, their acc is then memory of the thread, which never leaves its cache, and the products, which
 // read little from memory, fetch what finishing needs from there.
 
-struct Geometry {
-{% for field in geometry %}
-  i64 {{ field }};
-{% endfor %}
-};
-
-{% include "row_bits.h" %}
-
 constexpr i64 PIECE = 128;  // words of positions: 16 KB of a panel, 32 or 64 KB of a block of tile_tables.h
-constexpr i64 DENSE_COST = 1;  // of a word made dense, in products of a word with a block (measured with AVX-512)
 
-// Moves the bits under a mask to the low end, in order, in six steps of shifts (Hacker's Delight, compress).
-struct Compression {
-  static constexpr int STEPS = 6;
-  u64 mask, moved[STEPS];
-  i64 count;  // bits under the mask
+struct GradWeight : PositionColumns {
+  const u64* lanes;
+  i64 bits, total_words;  // planes; W
+  i32* inside_counts;     // [C_o, padded][tap_blocks * WIDTH]
 
-  explicit Compression(u64 bits) : mask(bits), count(__builtin_popcountll(bits)) {
-    u64 holes = ~bits << 1;  // below a bit, counted in unary and step by step in binary
-    for (int i = 0; i < STEPS; ++i) {
-      u64 odd = holes;
-      for (int shift = 1; shift < WORD; shift *= 2) odd ^= odd << shift;
-      moved[i] = odd & bits;
-      bits = (bits ^ moved[i]) | (moved[i] >> (1 << i));
-      holes &= ~odd;
-    }
-  }
-
-  Lanes operator()(Lanes x) const {
-    x &= mask;
-    for (int i = 0; i < STEPS; ++i) {
-      const Lanes moving = x & moved[i];
-      x = (x ^ moving) | (moving >> (1 << i));
-    }
-    return x;
-  }
-};
-
-struct GradWeight {
-  Geometry g;
-  const u64 *lanes, *x;
-  const i32* kept;
-  i64 bits, used;   // planes; valid entries of kept
-  i64 total_words;  // W
-  i64 taps, panels, tap_panels;  // panels of 16 channels, and of 16 taps
-  i64 blocks, tap_blocks;        // the same of WIDTH
-  u64 *columns, *inside;  // [tap][panels][words][16]; [tap_panels][words][16], a column is a tap
-  const u64 *laid, *laid_inside;  // the same as blocks: [tap][blocks][words][WIDTH]; [tap_blocks][words][WIDTH]
-  i32* inside_counts;             // [C_o, padded][tap_blocks * WIDTH]
-  std::vector<i64> filled;  // by tap: words of its columns that hold positions
-  std::vector<std::vector<Compression>> dense;  // by tap: of every word of lanes; empty where the tap is not dense
-
-  i64 positions() const { return used * g.out_h * g.out_w; }
   i64 tiles() const { return ceil_div(g.out_channels, TILE); }
-  u64* column(i64 tap, i64 panel, i64 words) const { return columns + (tap * panels + panel) * words * PANEL; }
-
-  // Where 64 positions are in x: words of the pixel under the first tap (possibly counted the image), and for every
-  // tap row and column which positions have it inside.
-  struct Pixels {
-    i64 offset[WORD];
-    std::vector<u64> rows, columns;
-  };
-
-  void locate(i64 word, Pixels& pixels) const {
-    const i64 m = word * WORD;
-    i64 ow = m % g.out_w, oh = m / g.out_w % g.out_h, k = m / g.out_w / g.out_h;
-    pixels.rows.assign(g.kernel_h, 0);
-    pixels.columns.assign(g.kernel_w, 0);
-    for (int i = 0; i < WORD; ++i) {
-      pixels.offset[i] = 0;
-      if (k >= used) continue;
-      const i64 h = oh * g.stride_h - g.padding_h, w = ow * g.stride_w - g.padding_w;
-      pixels.offset[i] = ((kept[k] * g.in_h + h) * g.in_w + w) * g.words;
-      for (i64 t = 0; t < g.kernel_h; ++t) pixels.rows[t] |= u64(h + t >= 0 && h + t < g.in_h) << i;
-      for (i64 t = 0; t < g.kernel_w; ++t) pixels.columns[t] |= u64(w + t >= 0 && w + t < g.in_w) << i;
-      if (++ow == g.out_w) {
-        ow = 0;
-        if (++oh == g.out_h) oh = 0, ++k;
-      }
-    }
-  }
-
-  u64 inside_of(i64 tap, i64 word, i64 words) const {
-    return inside[(tap / PANEL * words + word) * PANEL + tap % PANEL];
-  }
-
-  // Which positions every tap has inside.
-  void find_inside(i64 first, i64 words) const {
-    const RowBits rows{g, first * WORD, std::min(positions(), (first + words) * WORD)};
-    if (RowBits::useful(g))
-      for (i64 panel = 0; panel < tap_panels; ++panel) rows.inside(panel * PANEL, inside + panel * words * PANEL);
-    else
-      for (i64 word = 0; word < words; ++word) locate_inside(word, first, words);
-  }
-
-  void locate_inside(i64 word, i64 first, i64 words) const {
-    Pixels pixels;
-    locate(first + word, pixels);
-    for (i64 tap = 0; tap < tap_panels * PANEL; ++tap) {
-      const u64 valid = tap < taps ? pixels.rows[tap / g.kernel_w] & pixels.columns[tap % g.kernel_w] : 0;
-      inside[(tap / PANEL * words + word) * PANEL + tap % PANEL] = valid;
-    }
-  }
-
-  // Decide which taps are made dense, those where it saves more than it costs, and how many words each has then.
-  void choose_dense(i64 words) {
-    dense.assign(taps, {});
-    filled.assign(taps, words);
-    for (i64 tap = 0; tap < taps; ++tap) {
-      i64 count = 0;
-      for (i64 word = 0; word < words; ++word) count += __builtin_popcountll(inside_of(tap, word, words));
-      if ((words - ceil_div(count, WORD)) * blocks <= words * DENSE_COST) continue;
-      for (i64 word = 0; word < words; ++word) dense[tap].emplace_back(inside_of(tap, word, words));
-      filled[tap] = ceil_div(count, WORD);
-    }
-  }
-
-  // Phase 1 of a dense tap.
-  void make_dense(i64 tap, i64 first, i64 words, const u64* zeros) const {
-    const i64 shift = (tap / g.kernel_w * g.in_w + tap % g.kernel_w) * g.words;
-    const u64* source[WORD];
-    i64 pending = 0, done = 0;
-    Pixels pixels;
-    for (i64 word = 0; word < words; ++word) {
-      locate(first + word, pixels);
-      for (u64 valid = inside_of(tap, word, words); valid; valid &= valid - 1) {
-        source[pending++] = x + (pixels.offset[__builtin_ctzll(valid)] + shift);
-        if (pending == WORD) store_column(source, tap, done++, words), pending = 0;
-      }
-    }
-    if (pending) {
-      std::fill(source + pending, source + WORD, zeros);
-      store_column(source, tap, done, words);
-    }
-  }
 
   // The lanes of one plane and 8 channels at the positions that a tap has inside, one after the other.
   static void compress_lanes(const u64* from, const std::vector<Compression>& compress, u64* to) {
@@ -161,10 +35,8 @@ struct GradWeight {
     Lanes pending{};
     i64 used = 0;  // bits of it
     for (const Compression& word : compress) {
-      Lanes lanes;
-      std::memcpy(&lanes, from, sizeof lanes);
+      const Lanes lanes = word(load_lanes(from));
       from += LANE_TILE;
-      lanes = word(lanes);
       pending |= lanes << used;
       used += word.count;
       if (used < WORD) continue;
@@ -173,55 +45,6 @@ struct GradWeight {
       pending = used ? lanes >> (word.count - used) : Lanes{};
     }
     if (used) write(pending);
-  }
-
-  // Phase 1 where output rows are moved as a whole.
-  void move_rows(i64 first, i64 words, i64 threads) const {
-    static thread_local Buffer memory;
-    const RowBits rows{g, first * WORD, std::min(positions(), (first + words) * WORD)};
-    u64* strings = memory.get<u64>(rows.size());
-    parallel_for(rows.count(), threads, [&](i64 row) { rows.make(x, kept, row, strings); });
-    parallel_for(taps * panels, threads, [&](i64 unit) {
-      const i64 tap = unit / panels, panel = unit % panels;
-      rows.column(strings, tap, panel, !dense[tap].empty(), column(tap, panel, words));
-    });
-  }
-
-  // Phase 1 where the pixel of every position is looked up.
-  void move_pixels(i64 first, i64 words, i64 threads) const {
-    const std::vector<u64> zeros(g.words);
-    parallel_for(words, threads, [&](i64 word) { gather(word, first, words, zeros.data()); });
-    parallel_for(taps, threads, [&](i64 tap) {
-      if (!dense[tap].empty()) make_dense(tap, first, words, zeros.data());
-    });
-  }
-
-  // Phase 1 of the other taps for one word of positions; `word` counts from `first`, the start of the piece.
-  void gather(i64 word, i64 first, i64 words, const u64* zeros) const {
-    Pixels pixels;
-    locate(first + word, pixels);
-    for (i64 tap = 0; tap < taps; ++tap) {
-      if (!dense[tap].empty()) continue;
-      const i64 shift = (tap / g.kernel_w * g.in_w + tap % g.kernel_w) * g.words;
-      const u64 valid = inside_of(tap, word, words);
-      const u64* source[WORD];
-      for (int i = 0; i < WORD; ++i) source[i] = valid >> i & 1 ? x + (pixels.offset[i] + shift) : zeros;
-      store_column(source, tap, word, words);
-    }
-  }
-
-  // Word `word` of all columns of a tap: 64 pixels, transposed.
-  void store_column(const u64* const* source, i64 tap, i64 word, i64 words) const {
-    alignas(64) u64 block[WORD];
-    for (i64 cw = 0; cw < g.words; ++cw) {
-      for (int i = 0; i < WORD; ++i) block[i] = source[i][cw];
-      transpose64(block);
-      for (int j = 0; j < WORD / PANEL; ++j) {
-        const i64 panel = cw * (WORD / PANEL) + j;
-        if (panel >= panels) break;
-        std::memcpy(column(tap, panel, words) + word * PANEL, block + j * PANEL, PANEL * sizeof(u64));
-      }
-    }
   }
 
   LaneTile lane_tile(i64 tile, i64 first) const {
@@ -239,26 +62,6 @@ struct GradWeight {
   ReadyRows<And, LaneTile> ready_rows(const LaneTile& rows, i64 words, Buffer& memory) const {
     const Run run{0, 0, words};
     return ReadyRows<And, LaneTile>::of(rows, int(bits), &run, 1, memory);
-  }
-
-  // Phase 1 for micro-kernels with wider blocks.
-  void lay_out(i64 words, Buffer& memory, i64 threads) {
-    if constexpr (WIDTH == PANEL) {
-      laid = columns, laid_inside = inside;
-    } else {
-      constexpr i64 GROUP = WIDTH / PANEL;
-      u64* to = memory.get<u64>((taps * blocks + tap_blocks) * words * WIDTH);
-      parallel_for(taps * blocks, threads, [&](i64 unit) {
-        const i64 tap = unit / blocks, first = unit % blocks * GROUP;
-        lay_out_columns(column(tap, first, words), std::min(GROUP, panels - first), words, filled[tap],
-                        to + unit * words * WIDTH);
-      });
-      u64* inside_to = to + taps * blocks * words * WIDTH;
-      for (i64 j = 0; j < tap_blocks; ++j)
-        lay_out_columns(inside + j * GROUP * words * PANEL, std::min(GROUP, tap_panels - j * GROUP), words, words,
-                        inside_to + j * words * WIDTH);
-      laid = to, laid_inside = inside_to;
-    }
   }
 
   // |q & inside| of 8 output channels under all taps.
@@ -348,17 +151,11 @@ struct GradWeight {
     static thread_local Buffer buffer, laid_buffer, counts_buffer;
     const i64 words = ceil_div(positions(), WORD);  // words of unused rows hold no code
     const i64 piece = std::min(PIECE, words);
-    columns = buffer.get<u64>((taps * panels + tap_panels) * piece * PANEL);
-    inside = columns + taps * panels * piece * PANEL;
+    u64* memory = buffer.get<u64>((taps * panels + tap_panels) * piece * PANEL);
     inside_counts = counts_buffer.get<i32>(tiles() * TILE * tap_blocks * WIDTH);
     for (i64 first = 0; first < words; first += piece) {
       const i64 count = std::min(piece, words - first);
-      const i64 gathering = useful_threads(taps * count * g.words * WORD, threads);
-      find_inside(first, count);
-      choose_dense(count);
-      if (RowBits::useful(g)) move_rows(first, count, gathering);
-      else move_pixels(first, count, gathering);
-      lay_out(count, laid_buffer, gathering);
+      make_columns(first, count, memory, laid_buffer, useful_threads(taps * count * g.words * WORD, threads));
       const i64 useful = useful_threads(count * g.out_channels * taps * panels, threads);
       if (sign) multiply_all<true>(first, count, acc, code_sum, useful, finish);
       else multiply_all<false>(first, count, acc, code_sum, useful, finish);
