@@ -13,11 +13,12 @@ import hashlib
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
 
-from ..errors import KernelBuildError
+from ..errors import FQTWarning, KernelBuildError
 from . import codegen, packing
 from .isa import ISAS, current_isa, is_forced
 
@@ -43,7 +44,7 @@ def isa_of(template: str) -> str:
 
 @functools.cache
 def _faster(threads: int) -> str:
-    """Read from the cache, or measured; popcounts where tables cannot be compiled."""
+    """Read from the cache, or measured; popcounts, with a warning, where one cannot be compiled."""
     source, flags = codegen.render("grad_input_product"), [ISAS[isa].compile_flags for isa in CANDIDATES]
     parts = (codegen.machine_name(), codegen.find_compiler(), threads, source, flags)
     path = codegen.cache_directory() / f"counting-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
@@ -53,7 +54,10 @@ def _faster(threads: int) -> str:
             return min(CANDIDATES, key=lambda isa: float(known[isa]))
         try:
             measured = dict(zip(CANDIDATES, _seconds(threads), strict=True))
-        except KernelBuildError:
+        except KernelBuildError as error:
+            warnings.warn(
+                f"products of gradients use popcounts, tables were not compared: {error}", FQTWarning, stacklevel=2
+            )
             return CANDIDATES[0]
         with contextlib.suppress(OSError), codegen.replacing(path) as part:  # then the next process measures again
             part.write_text(json.dumps(measured))

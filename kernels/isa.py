@@ -1,10 +1,10 @@
 """Which instruction sets kernels are compiled for, and which of them this machine runs.
 
-``avx512``    VPOPCNTDQ counts 512 bits at once; VBMI and GFNI transpose bits (Ice Lake, Zen 4 and later)
-``avx512tables``  the same, but products by table look-up (docs/adr/0013)
-``avx512bw``  products by table look-up in 512-bit registers (Skylake-X, Cascade Lake)
-``avx2``      the same in 256-bit registers
-``portable``  no flags: what every compiler targets by default
+``avx512``        VPOPCNTDQ counts 512 bits at once; VBMI and GFNI transpose bits (Ice Lake, Zen 4 and later)
+``avx512tables``  as ``avx512``, but products by table look-up (docs/adr/0013)
+``avx512bw``      products by table look-up in 512-bit registers (Skylake-X, Cascade Lake)
+``avx2``          products by table look-up in 256-bit registers
+``portable``      no flags: what every compiler targets by default
 """
 
 from __future__ import annotations
