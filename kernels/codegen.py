@@ -34,7 +34,7 @@ from .isa import ISAS
 
 CACHE_ENVIRONMENT = "FQT_COMPILE_CACHE"
 TEMPLATES = Path(__file__).parent / "templates"
-PROGRAM_TEMPLATES = ("fused_activation", "fused_gradient")
+PROGRAM_TEMPLATES = ("fused_activation", "fused_gradient", "gradient_moments", "max_pool_gradient")
 COMPILERS = ("c++", "g++", "clang++")
 OPENMP = "-fopenmp"
 # IEEE float32 as written: no contraction to fused multiply-add, no -ffast-math. The two -fno- flags only promise

@@ -12,12 +12,12 @@ from torch import Tensor
 from ..errors import UnsupportedInputError
 from . import codegen, native, program
 from .cpu_forward import CODES
-from .native import call, choice, empty_nhwc, inner_size
+from .native import call, choice, empty_nhwc, inner_size, nhwc, vector
 from .ops import output_size
 from .packing import WORD, ceil_div
 
 ELEMENTS = {torch.float32: "float", torch.int32: "i32", torch.int16: "i16", torch.bfloat16: "bf16"}
-FIXED = {program.CHANNEL: "float", program.BITS: "u64"}
+FIXED = {program.CHANNEL: "float", program.ROW: "float", program.BITS: "u64"}
 """C++ types of operands that every caller gives in one dtype."""
 
 
@@ -29,13 +29,11 @@ def program_parameters(text: str, types: tuple[str, ...]) -> codegen.Parameters:
         _Operand(index, kind, element) for index, (kind, element) in enumerate(zip(parsed.operands, types, strict=True))
     )
     before, after, pool = parsed.before_pool, parsed.after_pool, parsed.pool
-    first = before[-1].name if before else "x0"
-    result = pool.arguments[0] if pool else first
     return (
         ("text", text),
         ("operands", operands),
         ("before", tuple(program.cpp_lines(before))),
-        ("before_result", result),
+        ("before_result", parsed.before_result),
         ("pooled", pool.name if pool else ""),
         ("after", tuple(program.cpp_lines(after))),
         ("after_result", after[-1].name if after else pool.name if pool else ""),
@@ -64,9 +62,13 @@ def operand_memory(name: str, operands: Sequence[Tensor], text: str) -> tuple[li
     accepted = {
         program.FULL: shape,
         program.CHANNEL: [channels],
+        program.ROW: [n],
+        program.MAP: [1, channels, *spatial],
         program.BITS: [n, *spatial, ceil_div(channels, WORD)],
     }
     for operand, kind in zip(operands, kinds, strict=True):
+        if name == "fused_activation" and kind in (program.ROW, program.MAP):
+            raise UnsupportedInputError(f"{name}: got a {kind} operand; accepted: full, channel and bits operands")
         if list(operand.shape) != accepted[kind]:
             raise UnsupportedInputError(
                 f"{name}: got a {kind} operand of shape {tuple(operand.shape)}; accepted: {tuple(accepted[kind])}"
@@ -75,8 +77,8 @@ def operand_memory(name: str, operands: Sequence[Tensor], text: str) -> tuple[li
 
 
 def _memory(operand: Tensor, kind: str) -> Tensor:
-    if kind == program.FULL:
-        return native.nhwc_memory(operand)
+    if kind in (program.FULL, program.MAP):
+        return native.nhwc_memory(operand if operand.dtype in ELEMENTS else operand.to(torch.float32))
     return (operand if kind == program.BITS else operand.to(torch.float32)).contiguous()
 
 
@@ -133,6 +135,50 @@ def fused_gradient(
     rows, columns = (like.new_empty([2, size] if measure else [0], dtype=torch.float32) for size in (n, channels))
     extremes = (rows, columns) if measure else (None, None)
     sizes = (n, inner_size(values), channels)
-    scale = native.vector(weight_scale)
+    scale = vector(weight_scale)
     call("fused_gradient", "fused_gradient", *memory, *sizes, scale, values, *extremes, parameters=parameters)
     return values, rows, columns
+
+
+def gradient_moments(
+    operands: Sequence[Tensor], text: str, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    memory, (n, channels, *_) = operand_memory("gradient_moments", operands, text)
+    require_full_first(text)
+    total, moment = (center.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    vectors = (vector(weight_scale), vector(bias), vector(center))
+    parameters, sizes = parameters_for(text, [o.dtype for o in memory]), (n, inner_size(operands[0]), channels)
+    call("gradient_moments", "gradient_moments", *memory, *sizes, *vectors, total, moment, parameters=parameters)
+    return total, moment
+
+
+def require_full_first(text: str) -> None:
+    """Raise unless the first operand of a program, what `gradient_moments` multiplies its values with, is full."""
+    kind = program.parse(text).operands[0]
+    if kind != program.FULL:
+        raise UnsupportedInputError(f"gradient_moments: got a {kind} operand first; accepted: a full one")
+
+
+def max_pool_gradient(
+    g: Tensor,
+    operands: Sequence[Tensor],
+    text: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    memory, x_shape = operand_memory("max_pool_gradient", operands, text)
+    grad = empty_nhwc(g, x_shape, torch.float32)
+    shape = native.geometry(
+        batch=x_shape[0],
+        words=0,
+        channels=x_shape[1],
+        input_size=x_shape[2:],
+        output_size=g.shape[2:],
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+    )
+    parameters = parameters_for(text, [o.dtype for o in memory])
+    call("max_pool_gradient", "max_pool_gradient", *memory, nhwc(g), shape, grad, parameters=parameters)
+    return grad.to(g.dtype)

@@ -1,17 +1,15 @@
-"""Triton operations between the products: masks as bits, BatchNorm statistics, max-pooling.
+"""Triton operations between the products: masks as bits, BatchNorm statistics.
 
 Definitions: `reference_ops`. Nothing here waits for the device (`gpu_forward`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedInputError
 from . import native, packing, reference
 from .gpu_codegen import spec
 from .gpu_forward import PIXELS
@@ -84,73 +82,16 @@ def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, larg
     return var, mean
 
 
-def _product_sums(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 ``[blocks, C]``: sums of g and of g x over blocks of positions."""
-    channels, count = g.shape[1], g.shape[0] * inner_size(g)
+def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    channels, count = x.shape[1], x.shape[0] * inner_size(x)
+    var, mean = (x.new_empty([1, channels, *[1] * (x.dim() - 2)], dtype=torch.float32) for _ in range(2))
     blocks = ceil_div(count, reference.ROW_BLOCK)
-    totals, products = (g.new_empty(blocks, channels, dtype=torch.float64) for _ in range(2))
-    made = spec("float", offset=offset_type(g.numel()))
+    sums = [x.new_empty(blocks, channels, dtype=torch.float64) for _ in range(2)]
+    made = spec("float", offset=offset_type(x.numel()))
     grid = (ceil_div(channels, CHANNELS), ceil_div(blocks, BLOCKS))
     sizes, tile = (count, channels, min(count, reference.ROW_BLOCK)), {"BLOCKS": BLOCKS, "CHANNELS": CHANNELS}
-    memory = (values(g), values(x) if x.is_floating_point() else nhwc_memory(x))
-    launch(made, "product_sums", grid, *memory, totals, products, *sizes, **tile)
-    return totals, products
-
-
-def gradient_moments(
-    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _gradient_moments(g, acc, weight_scale, bias, center)
-
-
-def float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    return _gradient_moments(g, x, None, None, center)
-
-
-def _gradient_moments(
-    g: Tensor, x: Tensor, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
-) -> tuple[Tensor, Tensor]:
-    total, moment = (center.new_empty(g.shape[1], dtype=torch.float32) for _ in range(2))
-    sums = _product_sums(g, x)
-    blocks, channels = sums[0].shape
-    operands = (*sums, vector(weight_scale), vector(bias), vector(center), total, moment)
-    flags = {"SCALED": weight_scale is not None, "BIASED": bias is not None, "CHANNELS": CHANNELS}
-    made, grid = spec("float", offset=offset_type(sums[0].numel())), [ceil_div(channels, CHANNELS)]
-    launch(made, "gradient_moments_of_sums", grid, *operands, channels, blocks, **flags, warps=1)
-    return total, moment
-
-
-def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    var, mean = (x.new_empty([1, x.shape[1], *[1] * (x.dim() - 2)], dtype=torch.float32) for _ in range(2))
-    sums = _product_sums(x, x)
-    blocks, channels = sums[0].shape
-    made, grid = spec("float", offset=offset_type(sums[0].numel())), [ceil_div(channels, CHANNELS)]
-    sizes = (x.shape[0] * inner_size(x), channels, blocks)
-    launch(made, "float_moments_of_sums", grid, *sums, var, mean, *sizes, CHANNELS=CHANNELS, warps=1)
+    launch(made, "square_sums", grid, values(x), *sums, *sizes, **tile)
+    launch(
+        made, "float_moments_of_sums", grid[:1], *sums, var, mean, count, channels, blocks, CHANNELS=CHANNELS, warps=1
+    )
     return var, mean
-
-
-# -- max-pooling ---------------------------------------------------------------------------------------------
-
-
-def max_pool_gradient(
-    g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """One kernel finds the maximum of every window, one lets every pixel collect what is its own: no atomics."""
-    if math.prod(kernel) > packing.INT16_LIMIT:
-        raise UnsupportedInputError(
-            f"max_pool_gradient: got a window of {list(kernel)}; accepted: at most {packing.INT16_LIMIT} pixels"
-        )
-    memory, gradient = values(x), values(g)
-    taps = torch.empty_like(gradient, dtype=torch.int16)
-    grad = empty_nhwc(g, x.shape, torch.float32)
-    made = spec("float", offset=offset_type(x.numel(), g.numel()))
-    images = (x.shape[1], *x.shape[2:], *g.shape[2:])
-    tile = window_constants([*kernel, *stride, *padding]) | {"PIXELS": POSITIONS, "CHANNELS": CHANNELS}
-    windows = {f"WINDOWS_{axis}": ceil_div(k, s) for axis, k, s in zip("HW", kernel, stride, strict=True)}
-    outputs, inputs = g.shape[0] * inner_size(g), x.shape[0] * inner_size(x)
-    columns = ceil_div(x.shape[1], CHANNELS)
-    launch(made, "max_pool_taps", (ceil_div(outputs, POSITIONS), columns), memory, taps, outputs, *images, **tile)
-    operands, grid = (gradient, taps, packing.channels_last(grad)), (ceil_div(inputs, POSITIONS), columns)
-    launch(made, "max_pool_gradient", grid, *operands, inputs, *images, **tile, **windows)
-    return grad.to(g.dtype)

@@ -38,10 +38,10 @@ SCHEMAS = {
     "pack_bool": "(Tensor mask) -> Tensor",
     "unpack_bool": "(Tensor words, int channels) -> Tensor",
     "channel_moments": "(Tensor acc, Tensor weight_scale, Tensor? bias, int largest) -> (Tensor, Tensor)",
-    "gradient_moments": "(Tensor g, Tensor acc, Tensor weight_scale, Tensor? bias, Tensor center) -> (Tensor, Tensor)",
+    "gradient_moments": "(Tensor[] operands, str text, Tensor? weight_scale, Tensor? bias, Tensor center) "
+    "-> (Tensor, Tensor)",
     "float_moments": "(Tensor x) -> (Tensor, Tensor)",
-    "float_gradient_moments": "(Tensor g, Tensor x, Tensor center) -> (Tensor, Tensor)",
-    "max_pool_gradient": "(Tensor g, Tensor x, int[] kernel, int[] stride, int[] padding) -> Tensor",
+    "max_pool_gradient": "(Tensor g, Tensor[] operands, str text, int[] kernel, int[] stride, int[] padding) -> Tensor",
     "quantize_weight": "(Tensor weight, str mode) -> (Tensor, Tensor)",
     "transpose_weight": "(Tensor w_bits, int in_channels, int out_channels) -> Tensor",
     "unpack_weight": "(Tensor w_bits, Tensor weight_scale, int in_channels) -> Tensor",
@@ -180,9 +180,10 @@ def _channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, lar
 
 @_fake
 def _gradient_moments(
-    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+    operands: Sequence[Tensor], text: str, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return weight_scale.new_empty(g.shape[1]), weight_scale.new_empty(g.shape[1])
+    channels = operands[0].shape[1]
+    return center.new_empty(channels, dtype=torch.float32), center.new_empty(channels, dtype=torch.float32)
 
 
 @_fake
@@ -192,15 +193,16 @@ def _float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_fake
-def _float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    return center.new_empty(g.shape[1], dtype=torch.float32), center.new_empty(g.shape[1], dtype=torch.float32)
-
-
-@_fake
 def _max_pool_gradient(
-    g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+    g: Tensor,
+    operands: Sequence[Tensor],
+    text: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
 ) -> Tensor:
-    return empty_nhwc(g, x.shape, g.dtype)
+    full = operands[program.parse(text).operands.index(program.FULL)]
+    return empty_nhwc(g, full.shape, g.dtype)
 
 
 @_fake

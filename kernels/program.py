@@ -7,10 +7,11 @@ carries:
     full,channel,channel|t0=mul(x0,x1)|t1=sub(t0,x2)|t2=relu(t1)|t3=pool(t2)|t4=add(t3,0.5)
 
 ``x0, x1, ...`` are the operands: ``full`` ones have an element for every element of the result, ``channel`` ones a
-vector ``[C]``, ``bits`` ones a truth value for every element, packed along channels (packing.py). An argument is an
-operand, an earlier statement or a number. ``pool`` is a max-pool over a window given with the call; it occurs at most
-once, and statements after it work at the pooled resolution, where full operands may not be read. The last statement
-is the result.
+vector ``[C]``, ``row`` ones a vector ``[N]``, ``map`` ones an image ``[1, C, *S]`` that all rows share, ``bits`` ones a
+truth value for every element, packed along channels (packing.py). An argument is an operand, an earlier statement or
+a number. ``pool`` is a max-pool over a window given with the call; it occurs at most once, and statements after it
+work at the pooled resolution, where only channel operands may be read. The last statement is the result; without
+any, the last operand.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from ..errors import UnsupportedInputError
 from . import packing
 
-FULL, CHANNEL, BITS, POOL = "full", "channel", "bits", "pool"
+FULL, CHANNEL, ROW, MAP, BITS, POOL = "full", "channel", "row", "map", "bits", "pool"
 _STATEMENT = re.compile(r"(t\d+)=(\w+)\(([^()]*)\)")
 
 
@@ -96,7 +97,7 @@ class Statement:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """operands: ``full``, ``channel`` or ``bits``, in order; statements in order of evaluation."""
+    """operands: ``full``, ``channel``, ``row``, ``map`` or ``bits``, in order; statements in order of evaluation."""
 
     operands: tuple[str, ...]
     statements: tuple[Statement, ...]
@@ -118,9 +119,20 @@ class Program:
         return self.statements[self._pool_at] if self._pool_at < len(self.statements) else None
 
     @property
+    def before_result(self) -> str:
+        """What the statements before the pool, or all of them, lead to."""
+        if self.pool is not None:
+            return self.pool.arguments[0]
+        return self.statements[-1].name if self.statements else f"x{len(self.operands) - 1}"
+
+    @property
     def _pool_at(self) -> int:
         names = [statement.operation for statement in self.statements]
         return names.index(POOL) if POOL in names else len(names)
+
+
+VALUES, SECOND = "full", "full,full"
+"""Programs without statements: the first, or the second operand as it is."""
 
 
 @functools.cache
@@ -154,8 +166,8 @@ def _is_number(text: str) -> bool:
 
 
 def evaluate(program: Program, operands: Sequence[Tensor], window: Sequence[int]) -> Tensor:
-    """The definition. operands: full ones logical ``[N, C, *S]``, channel ones ``[C]``, bits ones int64 words
-    ``[N, *S, ceil(C/64)]``; float32 result.
+    """The definition. operands: full ones logical ``[N, C, *S]``, channel ones ``[C]``, row ones ``[N]``, map ones
+    ``[1, C, *S]``, bits ones int64 words ``[N, *S, ceil(C/64)]``; float32 result.
 
     window: ``[kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w]`` of the pool, empty without one.
     """
@@ -165,7 +177,8 @@ def evaluate(program: Program, operands: Sequence[Tensor], window: Sequence[int]
         if kind == BITS:
             values[f"x{i}"] = packing.unpack_rows(operand, full.shape[1])
         else:
-            shaped = operand if kind == FULL else operand.view(1, -1, *[1] * (full.dim() - 2))
+            leading = {CHANNEL: (1, -1), ROW: (-1, 1)}.get(kind)
+            shaped = operand.view(*leading, *[1] * (full.dim() - 2)) if leading else operand
             values[f"x{i}"] = shaped.to(torch.float32)
     for statement in program.statements:
         arguments = [values[a] if a in values else torch.tensor(float(a)) for a in statement.arguments]
@@ -176,7 +189,7 @@ def evaluate(program: Program, operands: Sequence[Tensor], window: Sequence[int]
         else:
             result = OPERATIONS[statement.operation].reference(*arguments)
         values[statement.name] = result
-    return result
+    return values[program.statements[-1].name if program.statements else program.before_result]
 
 
 def cpp_lines(statements: Sequence[Statement]) -> list[str]:
@@ -196,8 +209,7 @@ def triton_parameters(text: str) -> dict[str, object]:
     Numbers are blocks of equal values: a constant would be folded by Triton's own rules.
     """
     program = parse(text)
-    before, after, pool = program.before_pool, program.after_pool, program.pool
-    first = pool.arguments[0] if pool else before[-1].name if before else "x0"
+    before, after, pool, first = program.before_pool, program.after_pool, program.pool, program.before_result
     operands = [{"name": f"x{i}", "pointer": f"p{i}", "kind": kind} for i, kind in enumerate(program.operands)]
     return {
         "operands": operands,

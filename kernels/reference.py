@@ -143,19 +143,20 @@ def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None) -> t
 
 
 def gradient_moments(
-    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+    g: Tensor, acc: Tensor, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``sum g`` and ``sum g (y - center)`` over all axes but C, with ``y = alpha acc + bias``; float32 ``[C]``.
 
-    What BatchNorm's backward sums. In float64: A = sum g and B = sum g acc, positions (NHWC order) in blocks of 1024,
-    one after the other in a block, then block after block; ``A`` and ``alpha B + (bias - center) A``, rounded once.
+    What BatchNorm's backward sums; acc may be floats (alpha 1, no bias: y itself). In float64: A = sum g and
+    B = sum g acc, positions (NHWC order) in blocks of 1024, one after the other in a block, then block after block;
+    ``A`` and ``alpha B + (bias - center) A``, rounded once.
     """
     values = channels_last(as_float32(g)).flatten(0, -2).to(torch.float64)
     products = values * channels_last(acc).flatten(0, -2).to(torch.float64)
     total, weighted = _blocked_sum(values), _blocked_sum(products)
     shift = -center.to(torch.float64) if bias is None else bias.to(torch.float64) - center.to(torch.float64)
-    moment = weight_scale.to(torch.float64) * weighted + shift * total
-    return total.to(torch.float32), moment.to(torch.float32)
+    scaled = weighted if weight_scale is None else weight_scale.to(torch.float64) * weighted
+    return total.to(torch.float32), (scaled + shift * total).to(torch.float32)
 
 
 def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,14 +170,6 @@ def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     var = (second - first * first).clamp(min=0)
     shape = [1, -1, *[1] * (x.dim() - 2)]
     return var.to(torch.float32).view(shape), first.to(torch.float32).view(shape)
-
-
-def float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """`gradient_moments` for a float ``x``: ``sum g`` and ``sum g (x - center)``, float32 ``[C]``."""
-    values = channels_last(as_float32(g)).flatten(0, -2).to(torch.float64)
-    products = values * channels_last(as_float32(x)).flatten(0, -2).to(torch.float64)
-    total, weighted = _blocked_sum(values), _blocked_sum(products)
-    return total.to(torch.float32), (weighted + -center.to(torch.float64) * total).to(torch.float32)
 
 
 def _blocked_sum(values: Tensor) -> Tensor:

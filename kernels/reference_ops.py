@@ -137,9 +137,11 @@ def channel_moments(acc: Tensor, weight_scale: Tensor, bias: Tensor | None, larg
 
 @_operation
 def gradient_moments(
-    g: Tensor, acc: Tensor, weight_scale: Tensor, bias: Tensor | None, center: Tensor
+    operands: Sequence[Tensor], text: str, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return reference.gradient_moments(g, acc, weight_scale, bias, center)
+    """`reference.gradient_moments` of the values g of a pointwise program; its first operand, a full one, is acc."""
+    values = program.evaluate(program.parse(text), operands, ())
+    return reference.gradient_moments(values, operands[0], weight_scale, bias, center)
 
 
 @_operation
@@ -148,14 +150,16 @@ def float_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_operation
-def float_gradient_moments(g: Tensor, x: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.float_gradient_moments(g, x, center)
-
-
-@_operation
 def max_pool_gradient(
-    g: Tensor, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+    g: Tensor,
+    operands: Sequence[Tensor],
+    text: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
 ) -> Tensor:
+    """`reference.max_pool_gradient` of the values x of a pointwise program."""
+    x = program.evaluate(program.parse(text), operands, ())
     return _nhwc(reference.max_pool_gradient(g, x, kernel, stride, padding))
 
 

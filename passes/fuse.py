@@ -220,7 +220,7 @@ def narrow_products(graph: fx.Graph) -> None:
     """int16 for outputs that only integer-reading operations see."""
     live = live_nodes(graph)
     readers = (
-        *(fqt.fused_activation.default, fqt.fused_gradient.default),
+        *(fqt.fused_activation.default, fqt.fused_gradient.default, fqt.max_pool_gradient.default),
         *(fqt.channel_moments.default, fqt.gradient_moments.default),
     )
     for node in graph.nodes:

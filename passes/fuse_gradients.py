@@ -1,12 +1,14 @@
 """Fusion in the backward: what lies between two packed operations becomes one pass over memory.
 
-    g -> ReLU mask -> sums -> BatchNorm's backward -> ranges -> quantize        six passes and as many tensors
-    g -> fused_gradient(mask) -> gradient_moments -> fused_gradient(BatchNorm, ranges) -> quantize       four
+    acc -> dequantize -> ReLU mask -> sums -> BatchNorm's backward -> ranges -> quantize     seven passes over memory
+    acc -> gradient_moments(dequantize, mask), fused_gradient(dequantize, mask, BatchNorm, ranges) -> quantize    three
 
 For every gradient that a packed operation, or a float convolution beside one, reads from memory, the pass collects
 the pointwise operators that lead to it (`region`), up to the next tensors that exist in memory anyway. Values of the
 forward that are pointwise functions of such tensors (the normalized activation, the mask of a ReLU) are computed
-again inside. Where quantizers read the result, the ranges they need are measured on the way.
+again inside. Where quantizers read the result, the ranges they need are measured on the way. What is made from one
+tensor and read by BatchNorm's sums, a max-pool's gradient and pointwise operators only is not written: each reader
+computes it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.program import FULL
+from ..kernels.program import FULL, SECOND, VALUES
 from .graph import Emitter, arguments, aten, is_backward, is_call, provenance, value
 from .local import live_nodes
 from .region import Region, are_readable, is_supported
@@ -30,38 +32,88 @@ READERS = frozenset(
         fqt.quantize_rows.default,
         fqt.quantize_channels.default,
         fqt.gradient_moments.default,
-        fqt.float_gradient_moments.default,
         fqt.max_pool_gradient.default,
     }
 )
+PROGRAM_AT: dict[Any, int] = {
+    fqt.fused_gradient.default: 0,
+    fqt.gradient_moments.default: 0,
+    fqt.max_pool_gradient.default: 1,
+}
+"""Position of the operands of an operation's program; its text follows."""
 COMPACT_AT: dict[Any, int] = {fqt.quantize_rows.default: 7, fqt.quantize_channels.default: 8}
 """Position of the argument ``compact``; ``extremes`` follows."""
 MAX_FULL_OPERANDS, MAX_STATEMENTS = 6, 48
 
 
 def fuse_gradients(graph: fx.Graph, every_row_is_kept: bool) -> list[tuple[str, fx.Node]]:
-    """Fuse what can be fused; returns layer and call of each region.
+    """Fuse what can be fused; returns layer and call of each program.
 
     every_row_is_kept: nothing is pruned, so that ranges of all rows are those of the kept ones.
     """
     emitter = Emitter(graph, "fuse_gradients")
-    fused: list[tuple[str, fx.Node]] = []
     for x in list(graph.nodes):
         readers = [user for user in x.users if user.target in READERS or is_convolution_gradient(user, x)]
         if not readers or x.op != "call_function" or not is_supported(x, x):
             continue
-        region = _GradientRegion(graph, x, live_nodes(graph))
+        live = live_nodes(graph)
+        inside = _readers_that_compute(x, live)
+        regions = {user: _GradientRegion(graph, x, live, first) for user, first in inside.items()}
+        if regions and all(region.statements and region.reads_one_tensor() for region in regions.values()):
+            for user, made in regions.items():
+                _compute_inside(emitter, user, made)
+            continue
+        region = _GradientRegion(graph, x, live)
         if region.statements and (region.is_beside_packed() or any(user.target in READERS for user in readers)):
-            made = provenance(readers[0])
-            site = made.site if made else "step"
-            fused.append((site, _replace(emitter, x, region, site, every_row_is_kept)))
+            measured = [user for user in readers if _takes_extremes(user, every_row_is_kept)]
+            if measured or not is_call(x, fqt.dequantize_grad_input.default):
+                _replace(emitter, x, region, _site(readers[0]), measured)
     graph.eliminate_dead_code()
-    return fused
+    return [(_site(node), node) for node in graph.nodes if node.target in PROGRAM_AT]
+
+
+def _site(node: fx.Node) -> str:
+    """The layer that a node was made for."""
+    made = provenance(node)
+    return made.site if made else "step"
+
+
+def _readers_that_compute(x: fx.Node, live: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+    """Where pointwise operators and operations with a program, which can compute ``x``, are all that reads it.
+
+    Those operations with the first operand that their program must have, if any; else nothing.
+    """
+    users = [user for user in x.users if user in live and is_backward(user)]
+    found = {user: first for user in users for first in _place_for_program(user, x)}
+    return found if all(user in found or is_supported(user, user) for user in users) else {}
+
+
+def _place_for_program(user: fx.Node, x: fx.Node) -> list[fx.Node | None]:
+    """``[first operand]`` of the program that can compute ``x`` inside of ``user``; empty if none can."""
+    if is_call(user, fqt.gradient_moments.default):
+        operands, text = arguments(user)[:2]
+        return [operands[0]] if text == SECOND and operands[0] is not x else []
+    if is_call(user, fqt.max_pool_gradient.default):
+        g, _, text, kernel, stride, _ = arguments(user)
+        overlap = any(k > s for k, s in zip(kernel, stride, strict=True))  # would compute a value once for each
+        return [] if overlap or text != VALUES or g is x else [None]
+    return []
+
+
+def _compute_inside(emitter: Emitter, user: fx.Node, region: _GradientRegion) -> None:
+    """Let ``user`` compute the values that it reads."""
+    at, position = emitter.at(user, _site(user)), PROGRAM_AT[user.target]
+    args = list(user.args)
+    args[position : position + 2] = [region.arguments(at), str(region.program)]
+    user.args = tuple(args)
 
 
 class _GradientRegion(Region):
-    def __init__(self, graph: fx.Graph, x: fx.Node, live: set[fx.Node]) -> None:
+    """What leads to ``x``; ``first``, if given, is the first operand whether it is read or not."""
+
+    def __init__(self, graph: fx.Graph, x: fx.Node, live: set[fx.Node], first: fx.Node | None = None) -> None:
         super().__init__(graph)
+        self.first = first
 
         def is_in_memory(node: fx.Node, absorbed: list[fx.Node]) -> bool:
             # Readers in the forward do not count: for the backward the value would have to be saved.
@@ -72,10 +124,15 @@ class _GradientRegion(Region):
         self.sources = sources
         if len(sources) > MAX_FULL_OPERANDS or len(absorbed) > MAX_STATEMENTS or not are_readable(sources, bits=True):
             return
-        self.emit(absorbed, sources)
+        self.emit(absorbed, sources if first is None else [first, *(s for s in sources if s is not first)])
         is_said = bool(self.statements) and self.argument(x) == self.statements[-1].name
         if not is_said or all(kind != FULL for _, kind in self.operands):
             self.statements.clear()  # not all of x can be said: nothing is fused
+
+    def reads_one_tensor(self) -> bool:
+        """Besides ``first`` and bits, as many bytes as the result or fewer: computing it twice beats writing it."""
+        read = [s for s in self.sources if s is not self.first and not is_call(s, fqt.unpack_bool.default)]
+        return len(read) <= 1
 
     def is_beside_packed(self) -> bool:
         """Does a packed operation make or read a tensor of the region? Then it is in NHWC memory already."""
@@ -88,11 +145,11 @@ def is_convolution_gradient(user: fx.Node, x: fx.Node) -> bool:
     return is_call(user, aten.convolution_backward.default) and arguments(user)[0] is x
 
 
-def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, every_row_is_kept: bool) -> fx.Node:
+def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, measured: list[fx.Node]) -> None:
+    """``x`` by a fused operation, on the way the ranges that the quantizers ``measured`` need."""
     users = [user for user in x.users if is_backward(user)]
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     at = emitter.at(x.next if is_backward(x) else min(users, key=order.__getitem__), site)
-    measured = [user for user in users if _takes_extremes(user, every_row_is_kept)]
     scales = {arguments(user)[1] for user in measured if is_call(user, fqt.quantize_rows.default)}
     if len(scales) > 1:
         measured = []
@@ -107,7 +164,6 @@ def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, every_row_
     for node in (fused, *fused.users):
         # Some depend on no tangent (a pool's input): the partitioner would compute and save them in the forward.
         node.meta["partitioner_tag"] = "must_be_in_backward"
-    return fused
 
 
 def _takes_extremes(user: fx.Node, every_row_is_kept: bool) -> bool:

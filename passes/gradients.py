@@ -1,6 +1,7 @@
 """The backward's masks and max-pools in the forms that later passes and kernels know.
 
     where(x <= 0, 0, g), x with a history          where(unpack_bool(bits), 0, g); the bits are saved, 1/8 of a bool
+    where(x <= 0, 0, g) with g zero there           g: the straight-through mask of a packed layer lets 0 < x pass only
     scatter of g to the saved places of a max-pool  max_pool_gradient(g, x), which finds the places again
 
 A value that one product or BatchNorm's input leads to by row-local operators can be computed again from what is saved
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ..kernels.program import VALUES
 from .graph import (
     VIEWS,
     Emitter,
@@ -60,8 +62,10 @@ class _Rewriter:
     def visit(self, node: fx.Node) -> None:
         pooled = _max_pool_backward(node)
         if pooled is not None and (self.on_kept_rows or self._is_at_hand(pooled.x)):
-            args = (pooled.gradient, pooled.x, *pooled.window)
+            args = (pooled.gradient, [pooled.x], VALUES, *pooled.window)
             node.replace_all_uses_with(self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args))
+        elif _is_masked_already(node):
+            node.replace_all_uses_with(arguments(node)[2])  # before its mask is saved for nothing
         elif is_call(node, aten.where.self) and self._is_worth_saving(arguments(node)[0], node):
             mask = arguments(node)[0]
             if mask not in self.masks:
@@ -139,6 +143,34 @@ def _copy_down(emitter: Emitter, at: Insertion, node: fx.Node) -> fx.Node:
     args: Any = fx.node.map_arg(node.args, lambda n: copies.get(n, n))
     copied: fx.Node = at.call("mask", operator_of(node), *args)
     return copied
+
+
+def _is_masked_already(node: fx.Node) -> bool:
+    """``where(x <= 0, 0, g)`` of a g that is zero there."""
+    if not is_call(node, aten.where.self):
+        return False
+    is_zeroed, zero, g = arguments(node)
+    if not is_call(is_zeroed, aten.le.Scalar) or arguments(is_zeroed)[1] != 0 or not is_zero(zero):
+        return False
+    return strip(arguments(is_zeroed)[0], {aten.alias.default}) is _positive_input(g)
+
+
+def _positive_input(g: fx.Node) -> fx.Node | None:
+    """The x whose packed layer, perhaps behind a max-pool, has this gradient, zero (or NaN's) where not x > 0.
+
+    The mask of the code ``threshold`` (reference.activation_mask) is inside x > 0, and a max-pool's gradient goes to
+    maxima.
+    """
+    if is_call(g, fqt.dequantize_grad_input.default) and is_call(arguments(g)[5], operator.getitem):
+        x, threshold, *_ = arguments(arguments(arguments(g)[5])[0])
+        return x if threshold is not None else None
+    if is_call(g, fqt.max_pool_gradient.default):
+        pooled, x = _positive_input(arguments(g)[0]), arguments(g)[1][0]
+        is_its_pool = (
+            pooled is not None and pooled.target is operator.getitem and arguments(arguments(pooled)[0])[0] is x
+        )
+        return x if is_its_pool else None
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

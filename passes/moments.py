@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from ..kernels.program import SECOND
 from .graph import VIEWS, Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
 from .local import is_channel_vector, is_pointwise
 from .region import PASSED_ON
@@ -106,11 +107,8 @@ def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Deq
     origin = provenance(node) or provenance(output.acc)
     at = Emitter(graph, "moments").at(node, origin.site if origin else "step")
     at.anchor = latest.next
-    if output.alpha is None:
-        total, moment = at.call("statistics", fqt.float_gradient_moments.default, g, output.acc, center)
-    else:
-        args = (g, output.acc, output.alpha, output.bias, center)
-        total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
+    args = ([output.acc, g], SECOND, output.alpha, output.bias, center)
+    total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
     for made in (arguments(total)[0], total, moment):  # the node after the last operand may be one of the forward
         made.meta.update(partitioner_tag="is_backward", autograd_backward=True)
     node.replace_all_uses_with(moment)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.program import BITS, CHANNEL, FULL, Program, Statement
+from ..kernels.program import BITS, CHANNEL, FULL, MAP, ROW, Program, Statement
 from .graph import Insertion, arguments, aten, is_call, is_tensor, prims, value
 from .local import is_channel_vector, is_zero, same
 
@@ -57,14 +57,15 @@ class FusedProgram:
 
     @staticmethod
     def of(node: fx.Node, site: str) -> FusedProgram:
-        """Of a call whose first arguments are operands and program."""
-        operands, text = arguments(node)[:2]
+        """Of a call that has operands and program among its arguments."""
+        position = next(i for i, a in enumerate(arguments(node)) if isinstance(a, str))
+        operands, text = arguments(node)[position - 1 : position + 1]
         template = str(node.target).split(".")[1]
         return FusedProgram(site, template, text, tuple(value(n).dtype for n in operands))
 
 
 Vector = fx.Node | float | tuple[Any, "Vector", "Vector"]
-"""One value per channel: a node, a number, or an operator on two of them."""
+"""One value per channel: a node, a number, or an operator on two of them. Of bits: a node, or `gather_words` of two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,9 @@ class Region:
         return Program(tuple(kind for _, kind in self.operands), tuple(self.statements))
 
     def arguments(self, at: Insertion) -> list[Any]:
-        """The operands as nodes, folded vectors added to the graph."""
-        return [_vector(at, operand) if kind == CHANNEL else operand for operand, kind in self.operands]
+        """The operands as nodes, folded vectors and gathered bits added to the graph."""
+        made = {CHANNEL: _vector, BITS: _bits}
+        return [made[kind](at, operand) if kind in made else operand for operand, kind in self.operands]
 
     def absorb(
         self, x: fx.Node, is_read_outside: Callable[[fx.Node, list[fx.Node]], bool]
@@ -124,7 +126,7 @@ class Region:
         for node in reversed(self.graph.nodes):
             if node in wanted and is_supported(node, x) and not is_read_outside(node, absorbed):
                 absorbed.append(node)
-                wanted.update(n for n in node.all_input_nodes if has_shape(n, x))
+                wanted.update(_full_inputs(node, x))
         absorbed.reverse()
         return absorbed, [n for n in self.graph.nodes if n in wanted and n not in absorbed]
 
@@ -144,6 +146,9 @@ class Region:
         return self._names[node]
 
     def _emit_node(self, node: fx.Node) -> None:
+        if node.target is fqt.dequantize_grad_input.default:
+            self._emit_dequantize(node)
+            return
         if node.target in AFFINE and value(node).dtype == torch.float32 and self._extend_affine(node):
             return
         args = [self.argument(a) for a in arguments(node)[: 3 if node.target in CLAMPS else None] if not _is_dtype(a)]
@@ -161,6 +166,15 @@ class Region:
         if value(node).dtype == torch.bfloat16:
             self.state(node, "bfloat16", [self._names[node]])
 
+    def _emit_dequantize(self, node: fx.Node) -> None:
+        """``where(mask, s acc + z weight_sum, 0)`` in the order of reference.dequantize_grad_input."""
+        acc, weight_sum, scale, zero_point, rows, mask, *_ = arguments(node)
+        gathered = mask if keeps_every_row(rows) else (fqt.gather_words.default, mask, rows)
+        set_ = self._operand(gathered, BITS)
+        factors = ((scale, self._operand(acc, FULL)), (zero_point, self._operand(weight_sum, MAP)))
+        terms = [self.state((node, i), "mul", [self._operand(by, ROW), x]) for i, (by, x) in enumerate(factors)]
+        self.state(node, "where", [set_, self.state((node, 2), "add", terms), "0.0"])
+
     def _extend_affine(self, node: fx.Node) -> bool:
         """Is ``node`` a full value scaled or shifted by a channel vector? Then it is remembered, not stated."""
         first, second = arguments(node)[:2]
@@ -174,10 +188,12 @@ class Region:
         self._affine[node] = base.then(node.target, by if isinstance(by, fx.Node) else float(by))
         return True
 
-    def state(self, node: Vector, operation: str, args: list[str]) -> None:
+    def state(self, node: Any, operation: str, args: list[str]) -> str:
+        """Add a statement, which ``node`` names; returns its name."""
         name = f"t{len(self.statements)}"
         self.statements.append(Statement(name, operation, tuple(args)))
         self._names[node] = name
+        return name
 
     def argument(self, argument: Any) -> str:
         if not isinstance(argument, fx.Node):
@@ -211,8 +227,28 @@ def has_shape(node: Any, x: fx.Node) -> bool:
     return all(same(a, b) for a, b in zip(value(node).shape, value(x).shape, strict=True))
 
 
+def keeps_every_row(rows: fx.Node) -> bool:
+    """Are these rows of `select` all there are, in order?"""
+    return is_call(rows, operator.getitem) and arguments(arguments(rows)[0])[3] == "none"
+
+
+def _is_dequantized_by_row(node: fx.Node) -> bool:
+    """Row k of a packed grad_input made from row k of its integers: only kept rows, or nothing was pruned."""
+    args = arguments(node)
+    return is_call(node, fqt.dequantize_grad_input.default) and (True in args[6:] or keeps_every_row(args[4]))
+
+
+def _full_inputs(node: fx.Node, x: fx.Node) -> list[fx.Node]:
+    """What ``node`` reads element by element."""
+    if is_call(node, fqt.dequantize_grad_input.default):
+        return [arguments(node)[0]]
+    return [n for n in node.all_input_nodes if has_shape(n, x)]
+
+
 def is_supported(node: fx.Node, x: fx.Node) -> bool:
     """Can ``node`` be a statement of a program whose results have the shape of ``x``?"""
+    if _is_dequantized_by_row(node):
+        return has_shape(node, x) and not isinstance(value(x).shape[1], torch.SymInt)
     if node.op != "call_function" or node.kwargs or not is_tensor(node) or value(node).dtype not in RESULTS:
         return False
     if node.target not in NAMES and node.target not in PASSED_ON and node.target not in CLAMPS:
@@ -245,3 +281,14 @@ def _vector(at: Insertion, vector: Vector) -> Any:
     if isinstance(vector, float) or value(vector).dim() == 1:
         return vector
     return at.call("fold", aten.view.default, vector, [math.prod(value(vector).shape)])
+
+
+def _bits(at: Insertion, bits: Any) -> fx.Node:
+    """Words, those of kept rows gathered once for all programs that read them."""
+    if isinstance(bits, fx.Node):
+        return bits
+    gather, mask, rows = bits
+    made = [user for user in mask.users if is_call(user, gather) and arguments(user)[1] is rows]
+    order = {node: i for i, node in enumerate(at.emitter.graph.nodes)}
+    known = next((user for user in made if order[user] < order[at.anchor]), None)
+    return known or at.call("gather", gather, mask, rows)

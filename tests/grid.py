@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +152,9 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     made: dict[str, list[Call]] = {
         "fused_activation": _program_calls(layer, o),
         "fused_gradient": _gradient_calls(layer, o),
+        "gradient_moments": _moments_calls(layer, o),
     }
-    made |= {"gradient_moments": [], "pack_bool": [], "unpack_bool": [], "channel_moments": [], "max_pool_gradient": []}
+    made |= {"pack_bool": [], "unpack_bool": [], "channel_moments": [], "max_pool_gradient": []}
     masks = [o.x > 0, (o.x > 0).movedim(1, -1).contiguous().movedim(-1, 1)]
     made["pack_bool"] = [(mask,) for mask in masks]
     made["unpack_bool"] = [(REFERENCE["pack_bool"](masks[0]), layer.in_channels)]
@@ -161,11 +162,8 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     for largest, dtype in ((40, torch.int16), (32767, torch.int16), (10**6, torch.int32)):
         acc = (o.x * largest / 5).clamp(-largest, largest).to(dtype)
         made["channel_moments"] += [(acc, scale, b, largest) for b in (None, bias) if layer.batch]
-        variants = (o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1))
-        made["gradient_moments"] += [(x, acc, scale, b, bias) for x in variants for b in (None, scale)]
     floats = [o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1), o.x.bfloat16(), o.x + 100] if layer.batch else []
     made["float_moments"] = [(x,) for x in floats]
-    made["float_gradient_moments"] = [(o.x, x, bias) for x in floats]
     if len(layer.size) != 2 or min(layer.size) < 2 or not layer.batch:
         return made
     x = o.x.relu()  # many ties
@@ -173,7 +171,10 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     for window in (([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([2, 1], [1, 3], [1, 0])):
         g = torch.randn(*x.shape[:2], *output_size(layer.size, *window), generator=_seeded(layer))
         variants = ((g, x), (g, x.movedim(1, -1).contiguous().movedim(-1, 1)), (g, x.bfloat16()), (g.bfloat16(), x))
-        made["max_pool_gradient"] += [(*operands, *window) for operands in variants]
+        made["max_pool_gradient"] += [(g, [x], "full", *window) for g, x in variants]
+        if layer.name in PROGRAM_LAYERS:
+            operands = [(o.x * 30).to(torch.int16), scale, bias, scale, bias - 0.5]
+            made["max_pool_gradient"].append((g, operands, PROGRAMS["batch-norm-relu"], *window))
     return made
 
 
@@ -185,13 +186,15 @@ PROGRAMS = {
     "prelu": "full,channel|t0=gt(x0,0.0)|t1=mul(x0,x1)|t2=where(t0,x0,t1)|t3=bfloat16(t2)",
     "hardtanh": "full,channel|t0=div(x0,x1)|t1=maximum(t0,-1.0)|t2=minimum(t1,1.0)|t3=neg(t2)|t4=abs(t3)",
 }
+PROGRAM_LAYERS = ("linear", "3x3-odd-channels", "3x3-large", "1x1", "1-d", "not-square")
+"""Every program is a library to compile; these layers cover all paths."""
 POOLED = "full,channel,channel|t0=mul(x0,x1)|t1=pool(t0)|t2=add(t1,x2)|t3=relu(t2)"
 
 
 def _program_calls(layer: Layer, o: Operands) -> list[Call]:
     """Programs over operands of every dtype, kept and not kept; a pool where the layer is an image."""
-    if not layer.batch or layer.name not in ("linear", "3x3-odd-channels", "3x3-large", "1x1", "1-d", "not-square"):
-        return []  # every program is a library to compile; these layers cover all paths
+    if not layer.batch or layer.name not in PROGRAM_LAYERS:
+        return []
     x = o.x.clone()
     x.view(-1)[:: max(1, x.numel() // 5)] = math.nan
     integers = (o.x * 30).to(torch.int16)
@@ -215,26 +218,56 @@ GRADIENT_PROGRAMS = {
     "batch-norm": "full,full,channel,channel,channel|t0=mul(x1,x2)|t1=add(t0,x3)|t2=sub(x0,t1)|t3=mul(t2,x4)",
     "recomputed-mask": "full,full,full,channel,bits"
     "|t0=add(x0,x1)|t1=mul(x2,x3)|t2=le(t1,0.0)|t3=where(t2,0.0,t0)|t4=where(x4,t3,x0)",
+    "dequantized": "full,row,map,row,bits|t0=mul(x1,x0)|t1=mul(x3,x2)|t2=add(t0,t1)|t3=where(x4,t2,0.0)",
 }
+PLAIN = "full,full"
+"""The program without a statement: its values are the last operand."""
 
 
 def _gradient_calls(layer: Layer, o: Operands) -> list[Call]:
     """Programs over gradients, integers and bits, measured with and without a scale, and not measured."""
-    if not layer.batch or layer.name not in ("linear", "3x3-odd-channels", "3x3-large", "1x1", "1-d", "not-square"):
-        return []  # as above
+    if not layer.batch or layer.name not in PROGRAM_LAYERS:
+        return []
     x = o.x.clone()
     x.view(-1)[:: max(1, x.numel() // 3)] = math.nan
     bits = REFERENCE["pack_bool"](o.x > 0.3)
     vectors = [torch.rand(layer.in_channels, generator=_seeded(layer)) - 0.3 for _ in range(3)]
     made: list[Call] = []
     for text in GRADIENT_PROGRAMS.values():
-        kinds = text.split("|")[0].split(",")
         for first in (o.x, x, o.x.bfloat16(), torch.zeros_like(o.x)):
-            full = iter((first, (o.x * 30).to(torch.int16), (o.x * 900).to(torch.int32)))
-            channel = iter(vectors)
-            take = {"full": full, "channel": channel, "bits": iter((bits,))}
-            operands = [next(take[kind]) for kind in kinds]
+            full = (first, (o.x * 30).to(torch.int16), (o.x * 900).to(torch.int32))
+            operands = _program_operands(text, full, vectors, bits)
             made += [(operands, text, True, vectors[0]), (operands, text, True, None), (operands, text, False)]
+    return made
+
+
+def _program_operands(text: str, full: Sequence[Tensor], channel: Sequence[Tensor], bits: Tensor) -> list[Tensor]:
+    """One for every kind in the program, in order; those of rows and maps are made from the first full one."""
+    x = full[-1].to(torch.float32)
+    by_row = [x.flatten(1).mean(1), x.flatten(1).amax(1)]
+    take = {"full": iter(full), "channel": iter(channel), "bits": iter((bits,)), "row": iter(by_row)}
+    take["map"] = iter(((x[:1] * 7).to(torch.int32),))
+    return [next(take[kind]) for kind in text.split("|")[0].split(",")]
+
+
+def _moments_calls(layer: Layer, o: Operands) -> list[Call]:
+    """Sums of a gradient times integers of both dtypes and floats, with and without a bias; of a few programs."""
+    scale, bias = (torch.rand(layer.in_channels, generator=_seeded(layer)) for _ in range(2))
+    if not layer.batch:
+        return []
+    largest = {torch.int16: 32767, torch.int32: 2**30, torch.float32: 5, torch.bfloat16: 5}
+    accs = [(o.x / o.x.abs().max() * limit).to(dtype) for dtype, limit in largest.items()]
+    made: list[Call] = []
+    for acc in accs:
+        for g in (o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1)):
+            vectors = [(scale, None), (scale, bias)] if not acc.is_floating_point() else [(None, None)]
+            made += [([acc, g], PLAIN, *known, bias) for known in vectors]
+    if layer.name in PROGRAM_LAYERS:
+        bits = REFERENCE["pack_bool"](o.x > 0.3)
+        for name in ("batch-norm", "recomputed-mask", "dequantized"):
+            text = GRADIENT_PROGRAMS[name]
+            full = (o.x, (o.x * 30).to(torch.int16), (o.x * 900).to(torch.int32))
+            made.append((_program_operands(text, full, [scale, bias, scale], bits), text, scale, bias, bias))
     return made
 
 

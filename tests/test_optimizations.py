@@ -15,7 +15,7 @@ import fqt_compile
 from fqt_compile import FQTConfig, explain
 from fqt_compile.capture import CapturedGraph, capture
 from fqt_compile.errors import FQTWarning, UnsupportedInputError
-from fqt_compile.kernels import cost, program
+from fqt_compile.kernels import cost, cpu, program
 from fqt_compile.models import small_vgg
 
 BATCH, KEPT = 8, 2
@@ -165,12 +165,61 @@ def test_the_backward_is_fused_with_and_without_compaction():
         graph = captured(small_vgg(10), images(), **options)
         after = operations(graph.stages["layout"])
         assert after["fqt.max_pool_gradient"] == 2
-        assert after["fqt.gradient_moments"] == 4
-        assert after["fqt.float_moments"] == after["fqt.float_gradient_moments"] == 1  # of the stem
-        assert after["aten.scatter_add"] == after["aten.where"] == after["aten.var_mean"] == 0
+        assert after["fqt.gradient_moments"] == 5
+        assert after["fqt.float_moments"] == 1  # of the stem
+        assert after["aten.scatter_add"] == after["aten.where.self"] == after["aten.var_mean.correction"] == 0
         lines = graph.stages["layout"].splitlines()
         measured = [line for line in lines if "fqt.quantize_" in line and line.count("getitem") >= 3]
         assert len([line for line in measured if re.search(r"(True|False), getitem_\d+\)", line)]) == quantizers
+
+
+def programs_of(graph: CapturedGraph, template: str) -> list[str]:
+    return [f.text for f in graph.fused if f.template == template]
+
+
+def test_what_sums_pools_and_pointwise_operators_read_is_not_written():
+    for options in ({}, {"keep": 1}):
+        graph = captured(small_vgg(10), images(), **options)
+        after = operations(graph.stages["layout"])
+        assert after["fqt.dequantize_grad_input"] == 2  # a max-pool's gradient reads it several times
+        assert after["fqt.fused_gradient"] == 5  # of BatchNorm: the input of every convolution's gradient
+        sums, pools = programs_of(graph, "gradient_moments"), programs_of(graph, "max_pool_gradient")
+        assert sorted("map" in text for text in sums) == [False, False, False, True, True]
+        assert pools == ["full,channel,channel|t0=mul(x0,x1)|t1=add(t0,x2)|t2=relu(t1)"] * 2
+
+
+def test_values_of_windows_that_overlap_and_of_several_tensors_are_written():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = (
+                nn.Conv2d(3, 32, 3),
+                nn.Conv2d(32, 32, 3, padding=1),
+                nn.Conv2d(32, 32, 3, padding=1),
+            )
+            self.norm, self.last = nn.BatchNorm2d(32), nn.Conv2d(32, 64, 3)
+            self.fc = nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.max_pool2d(torch.relu(self.norm(self.a(torch.relu(self.stem(x))))), 3, 2, 1)
+            return self.fc(torch.relu(self.last(x + self.b(x))).mean((2, 3)))
+
+    graph = captured(Net(), images(16))
+    assert programs_of(graph, "max_pool_gradient") == ["full"]
+    assert_same_step(Net(), *small_batch())
+    torch.manual_seed(3)
+    graph = captured(SmallNet(norm=True), images(8))
+    assert programs_of(graph, "gradient_moments") == ["full,full"] * 2  # two gradients meet behind both additions
+
+
+def test_a_relu_inside_the_mask_of_its_packing_is_masked_once():
+    graph = captured(small_vgg(10), images())
+    packed, relus = 4, 5
+    before, after = operations(graph.stages["share"]), operations(graph.stages["gradients"])
+    assert before["aten.le.Scalar"] == relus
+    assert after["aten.le.Scalar"] == relus - packed  # the last one's layer is no packed layer's input
+    graph = captured(small_vgg(10), images(), activation="sign")
+    assert operations(graph.stages["gradients"])["aten.le.Scalar"] == relus  # |x| <= 1 holds for zeros, too
 
 
 class Truncated(nn.Module):
@@ -286,12 +335,19 @@ def test_wrong_programs_are_refused():
         program.parse("full|t0=tanh(x0)")
     with pytest.raises(UnsupportedInputError, match=r"reads.*x7"):
         program.parse("full|t0=add(x0,x7)")
+    x, vector = torch.randn(2, 3, 4, 4), torch.ones(2)
+    with pytest.raises(UnsupportedInputError, match="row operand; accepted: full, channel"):
+        cpu.OPERATIONS["fused_activation"]([x, vector], "full,row|t0=mul(x0,x1)", "sign", [], False, False)
+    with pytest.raises(UnsupportedInputError, match="got a row operand first; accepted: a full one"):
+        cpu.OPERATIONS["gradient_moments"]([vector, x], "row,full|t0=mul(x0,x1)", None, None, torch.ones(3))
+    with pytest.raises(UnsupportedInputError, match=r"map operand of shape \(2, 3, 4, 4\); accepted: \(1, 3, 4, 4\)"):
+        cpu.OPERATIONS["fused_gradient"]([x, x], "full,map|t0=mul(x0,x1)", False)
 
 
 def test_explain_says_what_was_optimized():
     report = explain(small_vgg(10), images())
     assert "values of the backward on the kept rows only" in str(report)
-    assert "4 activations straight to bits, 12 gradients, 6 programs" in str(report)
+    assert "4 activations straight to bits, 12 gradients, 8 programs" in str(report)
     programs = [source for name, source in report.kernels.items() if name.startswith("fused_activation")]
     assert len(programs) == 3  # one of the two programs reads float and int16
     assert all("t2 = t1 <= 0 ? 0.0f : t1" in source for source in programs)

@@ -28,7 +28,7 @@ GROUPS = {
     "activations": ["check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"],
     "programs and statistics": [
         *("fused_activation", "fused_gradient", "pack_bool", "unpack_bool", "max_pool_gradient"),
-        *("channel_moments", "gradient_moments", "float_moments", "float_gradient_moments"),
+        *("channel_moments", "gradient_moments", "float_moments"),
     ],
     "weights": ["quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"],
     "rows": [
@@ -187,9 +187,16 @@ for model, options in ((pooled, {}), (SmallNet(norm=True), paper)):
     print(json.dumps(sorted({launch.kernel for launch in launches})))
 """
 OF_OPTIMIZED_GRAPHS = {
-    *("program_sums", "pack_program", "integer_sums", "moments_of_sums", "product_sums", "gradient_moments_of_sums"),
+    *(
+        "program_sums",
+        "pack_program",
+        "integer_sums",
+        "moments_of_sums",
+        "program_product_sums",
+        "gradient_moments_of_sums",
+    ),
     *("program_values", "merge_extremes", "max_pool_taps", "max_pool_gradient", "keep_rows", "gather_rows"),
-    *("float_moments_of_sums", "walk"),
+    *("square_sums", "float_moments_of_sums", "walk"),
 }
 
 

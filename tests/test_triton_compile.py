@@ -65,7 +65,12 @@ def assert_expected_instructions(launch: gpu_launch.Launch, made: triton_aot.Com
         assert bool(counts) == (strategy == "popcount")
     if target != "gfx942":
         needed = {"make_groups": "div.rn.f32", "row_norms": "sqrt.rn.f32", "mean_of_sums": "div.rn.f64"}
-        needed |= {"moments_of_sums": "div.rn.f64", "product_sums": "add.f64", "probabilities": "div.rn.f64"}
+        needed |= {
+            "moments_of_sums": "div.rn.f64",
+            "program_product_sums": "add.f64",
+            "square_sums": "add.f64",
+            "probabilities": "div.rn.f64",
+        }
         if dict(launch.spec.options).get("program") == PROGRAMS["hardtanh"]:
             needed[launch.kernel] = "div.rn.f32"
         assert re.search(needed.get(launch.kernel, "").replace("add", r"add(\.rn)?"), made.assembly)
@@ -128,6 +133,8 @@ def snapshots() -> list[gpu_codegen.Spec]:
         for text, code, values in ((POOLED, "threshold", True), (PROGRAMS["prelu"], "sign", False))
     ]
     made.append(spec("fused_gradient", program=GRADIENT_PROGRAMS["recomputed-mask"], offset="tl.int32"))
+    made.append(spec("gradient_moments", program=GRADIENT_PROGRAMS["dequantized"], offset="tl.int32"))
+    made.append(spec("max_pool_gradient", program=PROGRAMS["batch-norm-relu"], offset="tl.int32"))
     for strategy in gpu_strategy.STRATEGIES:
         for code in ("sign", "threshold"):
             made.append(spec("conv_product", strategy=strategy, code=code, **conv, **plain))

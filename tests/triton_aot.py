@@ -98,7 +98,9 @@ def _wanted(launch: gpu_launch.Launch) -> bool:
     if launch.spec.template == "fused_activation":
         return (options["program"], options["code"], options["values"]) in COMPILED_PROGRAMS
     if launch.spec.template == "fused_gradient":
-        return bool(options["program"] == GRADIENT_PROGRAMS["recomputed-mask"])  # has all kinds of operands
+        return bool(options["program"] == GRADIENT_PROGRAMS["recomputed-mask"])
+    if launch.spec.template == "gradient_moments":
+        return bool(options["program"] == GRADIENT_PROGRAMS["dequantized"])  # the other kinds of operands
     if launch.spec.template == "quantize":  # both numbers of bits, and both places of the operand
         return bool(options["bits"] == PLANES[not _variant(launch)])
     if "planes" in options:

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction, KernelInterface
 from fqt_compile.kernels import gpu, gpu_launch, gpu_strategy
 
 LAYER_NAMES = ("linear-one-row", "3x3-stride-2")  # all sizes 1, and none
+PROGRAM_OPERATIONS = ("fused_activation", "fused_gradient", "gradient_moments")
 PROGRAM_LAYER = "3x3-odd-channels"  # has programs, its last argument lists are those with a pool
 ARGUMENT_LISTS = 3
 
@@ -70,7 +71,7 @@ def main() -> None:
         for strategy in gpu_strategy.STRATEGIES:
             with gpu.force_strategy(strategy):
                 if layer.name == PROGRAM_LAYER:
-                    made = {n: calls(layer)[n][-ARGUMENT_LISTS:] for n in ("fused_activation", "fused_gradient")}
+                    made = {n: calls(layer)[n][-ARGUMENT_LISTS:] for n in PROGRAM_OPERATIONS}
                 else:
                     made = {name: calls(layer)[name][:ARGUMENT_LISTS] for name in names}
                 for name in sorted(made.keys() & names):

@@ -40,7 +40,7 @@ LARGE = ("3x3-large", "3x3-many-positions")
 NEEDED = [(name, "3x3-many-positions") for name in ("grad_weight_product", "gradient_moments")]
 """The only product that several programs add up to, each with several words, and several blocks of a sum."""
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
-PARTLY = ("grad_weight", "float_moments", "float_gradient_moments")
+PARTLY = ("grad_weight", "float_moments")
 """Operations whose kernels others have too: every third layer."""
 SLOW = (*PRODUCTS, *PARTLY, "max_pool_gradient", "gradient_moments")
 

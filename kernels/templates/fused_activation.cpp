@@ -69,12 +69,12 @@ struct Activation {
       for (i64 tw = std::max<i64>(0, -w); tw < std::min(g.kernel_w, g.in_w - w); ++tw) {
         const i64 input = (n * g.in_h + h + th) * g.in_w + w + tw;
         if (first) {
-          before_pool<WHOLE>(a.o, input, g.channels, c, count, out);
+          before_pool<WHOLE>(a.o, {input, 0, 0}, g.channels, c, count, out);
           first = false;
           continue;
         }
         alignas(64) float next[WORD];
-        before_pool<WHOLE>(a.o, input, g.channels, c, count, next);
+        before_pool<WHOLE>(a.o, {input, 0, 0}, g.channels, c, count, next);
         auto larger = [&](i64 i) { out[i] = (next[i] > out[i]) | (next[i] != next[i]) ? next[i] : out[i]; };
         if (WHOLE)
           for (int i = 0; i < WORD; ++i) larger(i);
@@ -83,7 +83,7 @@ struct Activation {
       }
     after_pool<WHOLE>(a.o, c, count, out);
 {% else %}
-    before_pool<WHOLE>(a.o, at.pixel, a.g.channels, c, count, out);
+    before_pool<WHOLE>(a.o, {at.pixel, 0, 0}, a.g.channels, c, count, out);
 {% endif %}
   }
 

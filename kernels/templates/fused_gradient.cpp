@@ -22,9 +22,9 @@ struct Gradient {
   float* values;
 
   template <bool WHOLE>
-  void block(i64 pixel, i64 c, i64 count, float* row, float* channel) const {
-    float* v = values + pixel * channels + c;
-    before_pool<WHOLE>(o, pixel, channels, c, count, v);
+  void block(const Pixel& at, i64 c, i64 count, float* row, float* channel) const {
+    float* v = values + at.index * channels + c;
+    before_pool<WHOLE>(o, at, channels, c, count, v);
     if (!row) return;
     const i64 padded = ceil_div(channels, WORD) * WORD;
     extend<WHOLE>(channel + c, channel + padded + c, v, count);
@@ -37,13 +37,14 @@ struct Gradient {
     extend<WHOLE>(row, row + WORD, scaled, count);
   }
 
-  // Pixels begin <= p < end, which are of one row. row: [2][64] lanes, channel: [2][padded channels], or both null.
-  void run(i64 begin, i64 end, float* row, float* channel) const {
+  // Pixels begin <= p < end of row n. row: [2][64] lanes, channel: [2][padded channels], or both null.
+  void run(i64 n, i64 begin, i64 end, float* row, float* channel) const {
     for (i64 p = begin; p < end; ++p)
       for (i64 c = 0; c < channels; c += WORD) {
+        const Pixel at{p, n, p - n * inner};
         const i64 count = std::min<i64>(WORD, channels - c);
-        if (count == WORD) block<true>(p, c, count, row, channel);
-        else block<false>(p, c, count, row, channel);
+        if (count == WORD) block<true>(at, c, count, row, channel);
+        else block<false>(at, c, count, row, channel);
       }
   }
 };
@@ -79,7 +80,7 @@ EXPORT i64 fused_gradient({% for operand in operands %}const void* p{{ loop.inde
       const i64 n = from / inner, to = std::min(end, (n + 1) * inner);
       alignas(64) float lanes[2 * WORD];
       if (measured) clear(lanes, WORD);
-      gradient.run(from, to, measured ? lanes : nullptr, column);
+      gradient.run(n, from, to, measured ? lanes : nullptr, column);
       if (measured) merge(row + n, batch, lanes, WORD, WORD);
       from = to;
     }
