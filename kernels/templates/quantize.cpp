@@ -54,16 +54,17 @@ INLINE Group make_group(float low, float high, i64 bits) {
 
 // Parameters of 64 neighbouring elements.
 struct Lanes64 {
-  alignas(64) float factor[WORD], zero[WORD], inverse[WORD];
+  alignas(64) float zero[WORD], inverse[WORD];
   alignas(64) u32 offset[WORD];  // of the element in NHWC order, relative to its pixel
 };
 
 // Codes of 64 elements as bytes; a NaN has code 0.
-INLINE void quantize64(const float* v, const Lanes64& lanes, u32 index, Keys keys, float top, u8* codes) {
+INLINE void quantize64(const float* v, const float* factor, const Lanes64& lanes, u32 index, Keys keys, float top,
+                       u8* codes) {
   alignas(64) i32 wide[WORD];
   for (int i = 0; i < WORD; ++i) {
     const float noise = uniform(index + lanes.offset[i], keys);
-    float position = (v[i] * lanes.factor[i] - lanes.zero[i]) * lanes.inverse[i] + noise;
+    float position = (v[i] * factor[i] - lanes.zero[i]) * lanes.inverse[i] + noise;
     position = position > 0 ? position : 0.0f;
     position = position < top ? position : top;
     wide[i] = i32(position);
@@ -211,19 +212,16 @@ struct RowQuantizer {
     std::fill(lanes.zero, lanes.zero + WORD, group.zero);
     std::fill(lanes.inverse, lanes.inverse + WORD, group.inverse);
     for (int i = 0; i < WORD; ++i) lanes.offset[i] = u32(i);
-    for (i64 w = 0; w < words; ++w) {
-      std::copy(&factor[w * WORD], &factor[w * WORD] + WORD, lanes.factor);
-      const i64 count = channels - w * WORD;
-      const u64 used = tail_mask(count);
-      for (i64 s = 0; s < inner; ++s) {
+    for (i64 s = 0; s < inner; ++s)
+      for (i64 w = 0; w < words; ++w) {
         alignas(64) float padded[WORD];
         alignas(64) u8 codes[WORD];
-        const i64 begin = s * channels + w * WORD;
-        quantize64(block64(row + begin, count, padded), lanes, u32(place * inner * channels + begin), keys, top,
-                   codes);
+        const i64 count = channels - w * WORD, begin = s * channels + w * WORD;
+        const u64 used = tail_mask(count);
+        quantize64(block64(row + begin, count, padded), &factor[w * WORD], lanes,
+                   u32(place * inner * channels + begin), keys, top, codes);
         for (int p = 0; p < bits; ++p) planes[p * plane_stride + s * words + w] = plane_of_bytes(codes, p) & used;
       }
-    }
     return group;
   }
 };
@@ -264,7 +262,7 @@ struct ChannelQuantizer {
   const i32* chosen;  // kept channels, or null for all
   i64 used, bits;     // channels that have a group
   Keys keys;
-  std::vector<Lanes64> blocks;  // of 64 channels; factor is unused here
+  std::vector<Lanes64> blocks;  // of 64 channels
 
   i64 channel(i64 c) const { return chosen ? chosen[c] : c; }
 
@@ -294,17 +292,19 @@ struct ChannelQuantizer {
   }
 
   // Bits of 64 positions x 64 channels: words of channels first, then transposed to words of positions.
-  void run(i64 word, i64 block, Lanes64& lanes, u64 (*planes)[WORD]) const {
+  void run(i64 word, i64 block, u64 (*planes)[WORD]) const {
+    const Lanes64& lanes = blocks[block];
+    alignas(64) float factor[WORD];
     const i64 first = word * WORD, count = std::min<i64>(WORD, kept.positions() - first);
     const float top = float((1 << bits) - 1);
     const u64 used_channels = tail_mask(used - block * WORD);
     for (i64 i = 0; i < count; ++i) {
       const i64 m = first + i;
-      if (i == 0 || m % kept.inner == 0) std::fill(lanes.factor, lanes.factor + WORD, kept.factor(m));
+      if (i == 0 || m % kept.inner == 0) std::fill(factor, factor + WORD, kept.factor(m));
       alignas(64) float padded[WORD];
       alignas(64) u8 codes[WORD];
       const float* pixel = kept.pixel(m);
-      quantize64(values(pixel, block, padded), lanes, u32(kept.place(m)), keys, top, codes);
+      quantize64(values(pixel, block, padded), factor, lanes, u32(kept.place(m)), keys, top, codes);
       for (int p = 0; p < bits; ++p) planes[p][i] = plane_of_bytes(codes, p) & used_channels;
     }
     for (int p = 0; p < bits; ++p) {
@@ -335,11 +335,8 @@ EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channel
     alignas(64) u64 planes[8][WORD];
     for (i64 block = 0; block < blocks; ++block) {
       const bool filled = block < i64(quantizer.blocks.size());
-      if (filled) {
-        Lanes64 lanes = quantizer.blocks[block];
-        quantizer.run(word, block, lanes, planes);
-      } else
-        std::memset(planes, 0, sizeof planes);
+      if (filled) quantizer.run(word, block, planes);
+      else std::memset(planes, 0, sizeof planes);
       for (int p = 0; p < bits; ++p)
         for (i64 t = block * (WORD / LANE_TILE); t < std::min(tiles, (block + 1) * (WORD / LANE_TILE)); ++t)
           std::memcpy(out + ((p * tiles + t) * words + word) * LANE_TILE,
