@@ -17,6 +17,7 @@ Call = tuple[str, tuple[Any, ...]]
 BATCH_NORM = "full,channel,channel,channel,channel|t0=mul(x0,x1)|t1=sub(t0,x2)|t2=div(t1,x3)|t3=add(t2,x4)|t4=relu(t3)"
 POOLED = "full,channel,channel|t0=mul(x0,x1)|t1=pool(t0)|t2=add(t1,x2)|t3=relu(t2)"
 RESIDUAL = "full,full,channel|t0=mul(x0,x2)|t1=add(t0,x1)|t2=bfloat16(t1)|t3=maximum(t2,-1.0)"
+DEQUANTIZED = "full,row,map,row,bits|t0=mul(x1,x0)|t1=mul(x3,x2)|t2=add(t0,t1)|t3=where(x4,t2,0.0)"
 MASKED = "full,full,channel,channel,bits|t0=mul(x1,x2)|t1=sub(t0,x3)|t2=add(x0,t1)|t3=where(x4,0.0,t2)"
 
 
@@ -151,10 +152,10 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
     largest = layer.channels * layer.kernel ** len(layer.size)
     for b in (None, bias):
         yield "channel_moments", (acc, scale, b, largest)
-        yield "gradient_moments", (g, acc, scale, b, center)
+        yield "gradient_moments", ([acc, g], "full,full", scale, b, center)
     for y in (g, g.bfloat16()):
         yield "float_moments", (y,)
-        yield "float_gradient_moments", (g, y, center)
+        yield "gradient_moments", ([y, g], "full,full", None, None, center)
     operands = [acc, scale, center, width, shift]
     for code, values, below in (("sign", False, True), ("threshold", True, False), ("threshold", False, True)):
         yield "fused_activation", (operands, BATCH_NORM, code, [], values, below)
@@ -164,6 +165,10 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
     yield "unpack_bool", (mask, layer.out_channels)
     for measure, factor in ((True, scale), (True, None), (False, None)):
         yield "fused_gradient", ([g, acc, scale, center, mask], MASKED, measure, factor)
+    by_row, by_map = [g.flatten(1).mean(1), g.flatten(1).amax(1)], (g[:1] * 7).to(torch.int32)
+    dequantized = [acc, by_row[0], by_map, by_row[1], mask]
+    yield "fused_gradient", (dequantized, DEQUANTIZED, True, scale)
+    yield "gradient_moments", (dequantized, DEQUANTIZED, scale, None, center)
     if len(layer.size) != 2:
         return
     y = (acc.float() * scale.view(1, -1, 1, 1)).relu()  # many ties
@@ -171,4 +176,5 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
         yield "fused_activation", ([acc, scale, shift], POOLED, "threshold", window, False, True)
         pool = window[:2], window[2:4], window[4:6]
         grad = torch.randn(*y.shape[:2], *output_size(y.shape[2:], *pool), generator=random)
-        yield "max_pool_gradient", (grad, y, *pool)
+        yield "max_pool_gradient", (grad, [y], "full", *pool)
+        yield "max_pool_gradient", (grad, [acc, scale], "full,channel|t0=mul(x0,x1)|t1=relu(t0)", *pool)

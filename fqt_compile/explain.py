@@ -35,7 +35,7 @@ class Report:
     unseen: convolution and linear modules that no captured call uses: not run with these inputs, or hidden from
     the matcher.
     optimizations: what row compaction and fusion did, and where row compaction had to keep full rows.
-    fused: the activations that go from a product to bits in one pass, with their programs.
+    fused: the operations that run a pointwise program (activations straight to bits, gradients, their sums), with it.
     """
 
     config: FQTConfig
@@ -153,7 +153,7 @@ def _optimizations(graph: CapturedGraph) -> list[str]:
     if graph.fused:
         texts = {fused.text for fused in graph.fused}
         activations = sum(fused.template == "fused_activation" for fused in graph.fused)
-        gradients = len(graph.fused) - activations
+        gradients = sum(fused.template != "fused_activation" and "|" in fused.text for fused in graph.fused)
         lines.append(
             f"fusion: {activations} activations straight to bits, {gradients} gradients, {len(texts)} programs"
         )

@@ -43,7 +43,7 @@ def program_parameters(text: str, types: tuple[str, ...]) -> codegen.Parameters:
 def parameters_for(text: str, dtypes: Sequence[torch.dtype]) -> codegen.Parameters:
     """`program_parameters` by torch dtypes."""
     kinds = program.parse(text).operands
-    types = (FIXED.get(kind) or ELEMENTS[d] for kind, d in zip(kinds, dtypes, strict=True))
+    types = (FIXED.get(kind) or ELEMENTS.get(d, "float") for kind, d in zip(kinds, dtypes, strict=True))
     return program_parameters(text, tuple(types))
 
 

@@ -13,6 +13,7 @@ computes it.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ MAX_FULL_OPERANDS, MAX_STATEMENTS = 6, 48
 
 
 def fuse_gradients(graph: fx.Graph, every_row_is_kept: bool) -> list[tuple[str, fx.Node]]:
-    """Fuse what can be fused; returns layer and call of each program.
+    """Fuse what can be fused; returns layer and call of each program, those without a statement included.
 
     every_row_is_kept: nothing is pruned, so that ranges of all rows are those of the kept ones.
     """
@@ -136,7 +137,8 @@ class _GradientRegion(Region):
 
     def is_beside_packed(self) -> bool:
         """Does a packed operation make or read a tensor of the region? Then it is in NHWC memory already."""
-        made = any(getattr(source.target, "namespace", None) == "fqt" for source in self.sources)
+        makers = [arguments(s)[0] if is_call(s, operator.getitem) else s for s in self.sources]
+        made = any(getattr(maker.target, "namespace", None) == "fqt" for maker in makers)
         return made or any(user.target in READERS for source in self.sources for user in source.users)
 
 

@@ -63,7 +63,9 @@ class _Rewriter:
         pooled = _max_pool_backward(node)
         if pooled is not None and (self.on_kept_rows or self._is_at_hand(pooled.x)):
             args = (pooled.gradient, [pooled.x], VALUES, *pooled.window)
-            node.replace_all_uses_with(self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args))
+            new = self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args)
+            for replaced in (*filter(_is_copied_to_nhwc, node.users), node):
+                replaced.replace_all_uses_with(new)
         elif _is_masked_already(node):
             node.replace_all_uses_with(arguments(node)[2])  # before its mask is saved for nothing
         elif is_call(node, aten.where.self) and self._is_worth_saving(arguments(node)[0], node):
@@ -173,6 +175,11 @@ def _positive_input(g: fx.Node) -> fx.Node | None:
     return None
 
 
+def _is_copied_to_nhwc(node: fx.Node) -> bool:
+    """A copy that asks for the memory order which every operation of ours has already."""
+    return is_call(node, aten.clone.default) and node.kwargs.get("memory_format") is torch.channels_last
+
+
 @dataclasses.dataclass(frozen=True)
 class MaxPoolBackward:
     """The gradient of a 2-D max-pool as autograd and Inductor write it: a scatter of g to saved positions."""
@@ -183,7 +190,7 @@ class MaxPoolBackward:
 
 
 def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | None:
-    """``view(scatter_add(0, 1, view(positions), view(g)))``, without dilation and ceil_mode."""
+    """``view(scatter_add(0, 1, view(positions), view(g)))``, without dilation and ceil_mode; g may be a copy."""
     scatter = strip(arguments(node)[0], VIEWS) if node.target in VIEWS and value(node).dim() == 4 else None
     if scatter is None or not is_call(scatter, aten.scatter_add.default):
         return None
@@ -194,6 +201,7 @@ def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | None:
     gradient = source
     while gradient.target in VIEWS and value(gradient).dim() != 4:
         gradient = arguments(gradient)[0]
+    gradient = strip(gradient, {aten.clone.default})
     pool = arguments(strip(arguments(to_indices)[0], VIEWS))[0]
     x, kernel, stride, padding, dilation, ceil_mode = arguments(pool)
     if ceil_mode or any(d != 1 for d in dilation) or not is_tensor(gradient) or value(gradient).dim() != 4:

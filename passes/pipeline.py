@@ -55,7 +55,7 @@ class State:
     step_rows: fx.Node | None = None
     compacted: compact.CompactedRows = dataclasses.field(default_factory=compact.CompactedRows)
     regions: list[tuple[str, fx.Node]] = dataclasses.field(default_factory=list)
-    """Layer and call of every fused region."""
+    """Layer and call of every operation with a program."""
     facts: set[str] = dataclasses.field(default_factory=lambda: {"graph"})
 
     @property

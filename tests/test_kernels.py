@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +149,13 @@ def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     instruction_sets._default.cache_clear()
     with pytest.raises(ConfigError, match=r"FQT_COMPILE_ISA: got 'neon'.*portable"):
         cpu.OPERATIONS["activation_threshold"](torch.ones(1, 1))
+
+
+def test_operations_of_the_gpu_check_equal_reference(monkeypatch):
+    """`benchmarks/gpu_check.py` is for machines that CI has not; its argument lists are run here."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    gpu_operations = importlib.import_module("gpu_operations")
+    for layer in gpu_operations.TINY_LAYERS:
+        for number, (name, arguments) in enumerate(gpu_operations.operation_calls(layer)):
+            wanted = REFERENCE[name](*arguments)
+            assert_same(cpu.OPERATIONS[name](*arguments), wanted, f"{name} {layer.name} {number}")
