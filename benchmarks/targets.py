@@ -59,8 +59,9 @@ def goals(folder: Path) -> Iterator[Goal]:
 
 
 def lowest(report: dict[str, Any], key: str) -> float | None:
-    """The smaller figure of the allocator settings that were measured; None without a report."""
-    return min((timed[key] for timed in report.get("allocators", {}).values()), default=None)
+    """The smaller figure of the allocator settings that were measured; None where none was."""
+    found = [timed[key] for timed in report.get("allocators", {}).values()]
+    return min((figure for figure in found if figure is not None), default=None)
 
 
 def kernel_goals(report: dict[str, Any]) -> Iterator[Goal]:
@@ -68,7 +69,8 @@ def kernel_goals(report: dict[str, Any]) -> Iterator[Goal]:
     for name in ("output_product", "grad_input_product", "grad_weight_product"):
         networks = report.get("networks", {}).values()
         large = (layer for network in networks for layer in network["layers"] if is_large(layer["layer"]))
-        lowest = min((layer[name]["bound_percent"] for layer in large), default=None)
+        percents = [layer[name]["bound_percent"] for layer in large]  # None where the CPU has no such instruction
+        lowest = min((percent for percent in percents if percent is not None), default=None)
         yield Goal(f"{name}: percent of the bound, lowest large layer", 85, None, lowest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -326,6 +327,16 @@ def test_phases_of_a_real_step():
     assert all(seconds >= 0 for seconds in phases.values())
     measured = ("output products", "grad_weight products", "fused float", "quantizing", "optimizer")
     assert all(phases[name] > 0 for name in (*measured, "generated float kernels", "float convolution, linear"))
+
+
+@pytest.mark.parametrize("folder", ["", "zen5", "cascadelake"])
+def test_every_recorded_result_can_be_compared_with_the_goals(monkeypatch, folder):
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    targets = importlib.import_module("targets")
+    verdicts = {goal.what: goal.verdict for goal in targets.goals(benchmarks / "results" / folder)}
+    assert len(verdicts) == 15
+    assert "not recorded" not in [verdict for what, verdict in verdicts.items() if "times the best float32" in what]
 
 
 def test_benchmark_scripts_know_their_layers(monkeypatch):
