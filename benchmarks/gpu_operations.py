@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqt_compile.kernels import reference_ops
+from fqt_compile.kernels import program, reference_ops
 from fqt_compile.kernels.ops import output_size
 
 REFERENCE = reference_ops.OPERATIONS
@@ -152,10 +152,10 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
     largest = layer.channels * layer.kernel ** len(layer.size)
     for b in (None, bias):
         yield "channel_moments", (acc, scale, b, largest)
-        yield "gradient_moments", ([acc, g], "full,full", scale, b, center)
+        yield "gradient_moments", ([acc, g], program.SECOND, scale, b, center)
     for y in (g, g.bfloat16()):
         yield "float_moments", (y,)
-        yield "gradient_moments", ([y, g], "full,full", None, None, center)
+        yield "gradient_moments", ([y, g], program.SECOND, None, None, center)
     operands = [acc, scale, center, width, shift]
     for code, values, below in (("sign", False, True), ("threshold", True, False), ("threshold", False, True)):
         yield "fused_activation", (operands, BATCH_NORM, code, [], values, below)
@@ -176,5 +176,5 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
         yield "fused_activation", ([acc, scale, shift], POOLED, "threshold", window, False, True)
         pool = window[:2], window[2:4], window[4:6]
         grad = torch.randn(*y.shape[:2], *output_size(y.shape[2:], *pool), generator=random)
-        yield "max_pool_gradient", (grad, [y], "full", *pool)
+        yield "max_pool_gradient", (grad, [y], program.VALUES, *pool)
         yield "max_pool_gradient", (grad, [acc, scale], "full,channel|t0=mul(x0,x1)|t1=relu(t0)", *pool)

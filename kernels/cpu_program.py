@@ -32,6 +32,8 @@ def program_parameters(text: str, types: tuple[str, ...]) -> codegen.Parameters:
     return (
         ("text", text),
         ("operands", operands),
+        ("pointers", "".join(f"const void* p{operand.index}, " for operand in operands)),
+        ("operand_values", "{" + ", ".join(f"(const {operand.type}*)p{operand.index}" for operand in operands) + "}"),
         ("before", tuple(program.cpp_lines(before))),
         ("before_result", parsed.before_result),
         ("pooled", pool.name if pool else ""),
@@ -66,14 +68,22 @@ def operand_memory(name: str, operands: Sequence[Tensor], text: str) -> tuple[li
         program.MAP: [1, channels, *spatial],
         program.BITS: [n, *spatial, ceil_div(channels, WORD)],
     }
+    _require_kinds(name, kinds)
     for operand, kind in zip(operands, kinds, strict=True):
-        if name == "fused_activation" and kind in (program.ROW, program.MAP):
-            raise UnsupportedInputError(f"{name}: got a {kind} operand; accepted: full, channel and bits operands")
         if list(operand.shape) != accepted[kind]:
             raise UnsupportedInputError(
                 f"{name}: got a {kind} operand of shape {tuple(operand.shape)}; accepted: {tuple(accepted[kind])}"
             )
     return [_memory(operand, kind) for operand, kind in zip(operands, kinds, strict=True)], shape
+
+
+def _require_kinds(name: str, kinds: Sequence[str]) -> None:
+    """Raise unless an operation can run a program with operands of these kinds."""
+    by_row = [kind for kind in kinds if kind in (program.ROW, program.MAP)]
+    if name == "fused_activation" and by_row:
+        raise UnsupportedInputError(f"{name}: got a {by_row[0]} operand; accepted: full, channel and bits operands")
+    if name == "gradient_moments" and kinds[0] != program.FULL:  # what it multiplies the values with
+        raise UnsupportedInputError(f"{name}: got a {kinds[0]} operand first; accepted: a full one")
 
 
 def _memory(operand: Tensor, kind: str) -> Tensor:
@@ -144,19 +154,11 @@ def gradient_moments(
     operands: Sequence[Tensor], text: str, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
 ) -> tuple[Tensor, Tensor]:
     memory, (n, channels, *_) = operand_memory("gradient_moments", operands, text)
-    require_full_first(text)
     total, moment = (center.new_empty(channels, dtype=torch.float32) for _ in range(2))
     vectors = (vector(weight_scale), vector(bias), vector(center))
     parameters, sizes = parameters_for(text, [o.dtype for o in memory]), (n, inner_size(operands[0]), channels)
     call("gradient_moments", "gradient_moments", *memory, *sizes, *vectors, total, moment, parameters=parameters)
     return total, moment
-
-
-def require_full_first(text: str) -> None:
-    """Raise unless the first operand of a program, what `gradient_moments` multiplies its values with, is full."""
-    kind = program.parse(text).operands[0]
-    if kind != program.FULL:
-        raise UnsupportedInputError(f"gradient_moments: got a {kind} operand first; accepted: a full one")
 
 
 def max_pool_gradient(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedInputError
 from . import packing, reference
 from .cpu_forward import CODES
-from .cpu_program import operand_memory, require_full_first
+from .cpu_program import operand_memory
 from .gpu_codegen import spec
 from .gpu_float import BLOCKS, CHANNELS, pixel_grid, window_constants
 from .gpu_forward import PIXELS, ROWS
@@ -99,7 +99,6 @@ def gradient_moments(
     operands: Sequence[Tensor], text: str, weight_scale: Tensor | None, bias: Tensor | None, center: Tensor
 ) -> tuple[Tensor, Tensor]:
     memory, (n, channels, *_) = operand_memory("gradient_moments", operands, text)
-    require_full_first(text)
     inner = inner_size(operands[0])
     blocks = ceil_div(n * inner, reference.ROW_BLOCK)
     sums = [center.new_empty(blocks, channels, dtype=torch.float64) for _ in range(2)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqt_compile.kernels import reference_ops
+from fqt_compile.kernels import program, reference_ops
 from fqt_compile.kernels.ops import output_size
 
 REFERENCE = reference_ops.OPERATIONS
@@ -171,7 +171,7 @@ def _float_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
     for window in (([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([2, 1], [1, 3], [1, 0])):
         g = torch.randn(*x.shape[:2], *output_size(layer.size, *window), generator=_seeded(layer))
         variants = ((g, x), (g, x.movedim(1, -1).contiguous().movedim(-1, 1)), (g, x.bfloat16()), (g.bfloat16(), x))
-        made["max_pool_gradient"] += [(g, [x], "full", *window) for g, x in variants]
+        made["max_pool_gradient"] += [(g, [x], program.VALUES, *window) for g, x in variants]
         if layer.name in PROGRAM_LAYERS:
             operands = [(o.x * 30).to(torch.int16), scale, bias, scale, bias - 0.5]
             made["max_pool_gradient"].append((g, operands, PROGRAMS["batch-norm-relu"], *window))
@@ -220,8 +220,6 @@ GRADIENT_PROGRAMS = {
     "|t0=add(x0,x1)|t1=mul(x2,x3)|t2=le(t1,0.0)|t3=where(t2,0.0,t0)|t4=where(x4,t3,x0)",
     "dequantized": "full,row,map,row,bits|t0=mul(x1,x0)|t1=mul(x3,x2)|t2=add(t0,t1)|t3=where(x4,t2,0.0)",
 }
-PLAIN = "full,full"
-"""The program without a statement: its values are the last operand."""
 
 
 def _gradient_calls(layer: Layer, o: Operands) -> list[Call]:
@@ -261,7 +259,7 @@ def _moments_calls(layer: Layer, o: Operands) -> list[Call]:
     for acc in accs:
         for g in (o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1)):
             vectors = [(scale, None), (scale, bias)] if not acc.is_floating_point() else [(None, None)]
-            made += [([acc, g], PLAIN, *known, bias) for known in vectors]
+            made += [([acc, g], program.SECOND, *known, bias) for known in vectors]
     if layer.name in PROGRAM_LAYERS:
         bits = REFERENCE["pack_bool"](o.x > 0.3)
         for name in ("batch-norm", "recomputed-mask", "dequantized"):

@@ -145,9 +145,9 @@ struct Activation {
 };
 
 // operands: pointers in order; values and below may be null; threshold is written unless `sign`.
-EXPORT i64 fused_activation({% for operand in operands %}const void* p{{ loop.index0 }}, {% endfor %}const Geometry* geometry, i64 sign,
+EXPORT i64 fused_activation({{ pointers }}const Geometry* geometry, i64 sign,
                             float* threshold, u64* bits, u64* mask, float* values, u64* below, i64 threads) {
-  const Activation activation{ {% raw %}{{% endraw %}{% for operand in operands %}(const {{ operand.type }}*)p{{ loop.index0 }}{{ ", " if not loop.last }}{% endfor %}{% raw %}}{% endraw %}, *geometry};
+  const Activation activation{ {{ operand_values }}, *geometry};
   if (sign) activation.pack<true>(0, values, false, bits, mask, below, threads);
   else {
     *threshold = activation.mean(values, threads);

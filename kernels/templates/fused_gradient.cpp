@@ -64,9 +64,9 @@ static void merge(float* to, i64 stride, const float* lanes, i64 count, i64 dist
 
 // values [batch][inner][channels]; row_extremes [2][batch] of values * scale and channel_extremes [2][channels] of
 // values, or both null. Minimum and maximum are exact in any order, so pieces of pixels are independent.
-EXPORT i64 fused_gradient({% for operand in operands %}const void* p{{ loop.index0 }}, {% endfor %}i64 batch, i64 inner, i64 channels,
+EXPORT i64 fused_gradient({{ pointers }}i64 batch, i64 inner, i64 channels,
                           const float* scale, float* values, float* row_extremes, float* channel_extremes, i64 threads) {
-  const Gradient gradient{ {% raw %}{{% endraw %}{% for operand in operands %}(const {{ operand.type }}*)p{{ loop.index0 }}{{ ", " if not loop.last }}{% endfor %}{% raw %}}{% endraw %}, batch, inner, channels, scale, values};
+  const Gradient gradient{ {{ operand_values }}, batch, inner, channels, scale, values};
   const i64 pixels = batch * inner, parts = useful_threads(pixels * channels, threads);
   const i64 padded = ceil_div(channels, WORD) * WORD;
   const bool measured = row_extremes != nullptr;

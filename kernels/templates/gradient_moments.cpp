@@ -29,9 +29,9 @@ struct Gradient {
 };
 
 // operands: pointers in order. total = sum v, moment = sum v (scale x + bias - center); scale null: 1, bias null: 0.
-EXPORT i64 gradient_moments({% for operand in operands %}const void* p{{ loop.index0 }}, {% endfor %}i64 batch, i64 inner, i64 channels,
+EXPORT i64 gradient_moments({{ pointers }}i64 batch, i64 inner, i64 channels,
                             const float* scale, const float* bias, const float* center, float* total, float* moment, i64 threads) {
-  const Gradient gradient{ {% raw %}{{% endraw %}{% for operand in operands %}(const {{ operand.type }}*)p{{ loop.index0 }}{{ ", " if not loop.last }}{% endfor %}{% raw %}}{% endraw %}, inner, channels};
+  const Gradient gradient{ {{ operand_values }}, inner, channels};
   product_sums(gradient, batch * inner, channels, threads, [&](i64 c, double first, double second) {
     const double shift = bias ? double(bias[c]) - double(center[c]) : -double(center[c]);
     total[c] = float(first);

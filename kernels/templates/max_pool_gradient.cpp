@@ -80,9 +80,9 @@ struct Pool {
 };
 
 // operands: pointers in order, to values before the pool. grad_output [batch][OH][OW][C], grad [batch][IH][IW][C].
-EXPORT i64 max_pool_gradient({% for operand in operands %}const void* p{{ loop.index0 }}, {% endfor %}const float* grad_output,
+EXPORT i64 max_pool_gradient({{ pointers }}const float* grad_output,
                              const Geometry* geometry, float* grad, i64 threads) {
-  const Pool pool{ {% raw %}{{% endraw %}{% for operand in operands %}(const {{ operand.type }}*)p{{ loop.index0 }}{{ ", " if not loop.last }}{% endfor %}{% raw %}}{% endraw %}, *geometry};
+  const Pool pool{ {{ operand_values }}, *geometry};
   const i64 in_size = pool.g.in_h * pool.g.in_w * pool.g.channels, out_size = pool.g.out_h * pool.g.out_w * pool.g.channels;
   parallel_for(pool.g.batch, useful_threads(pool.g.batch * in_size, threads),
                [&](i64 n) { pool.sample(n, grad_output + n * out_size, grad + n * in_size); });
