@@ -113,6 +113,7 @@ def quantize_rows(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_rows", bits)
     samples, inner, channels = _sizes(g)
@@ -123,7 +124,7 @@ def quantize_rows(
     keys = native.stream_keys(seed, stream)
     sizes = (samples, inner, channels, compact)
     known = known_extremes("quantize_rows", extremes, samples)
-    call("quantize", "quantize_rows", nhwc(g), *sizes, *kept, *keys, bits, known, planes, scale, zero)
+    call("quantize", "quantize_rows", nhwc(g), *sizes, *kept, *keys, bits, grid, known, planes, scale, zero)
     return planes, scale, zero
 
 
@@ -138,6 +139,7 @@ def quantize_channels(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_channels", bits)
     count, width = rows.shape[0], g.shape[1] if channels is None else channels.shape[0]
@@ -149,7 +151,7 @@ def quantize_channels(
     keys = native.stream_keys(seed, stream)
     sizes = (*_sizes(g), compact)
     known = known_extremes("quantize_channels", extremes, g.shape[1])
-    call("quantize", "quantize_channels", nhwc(g), *sizes, *kept, *chosen, *keys, bits, known, lanes, scale, zero)
+    call("quantize", "quantize_channels", nhwc(g), *sizes, *kept, *chosen, *keys, bits, grid, known, lanes, scale, zero)
     return lanes, scale, zero
 
 

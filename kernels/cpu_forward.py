@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedInputError
 from . import native, packing
 from .native import call, choice, empty_nhwc, inner_size, nhwc
 from .ops import output_size
@@ -17,18 +18,41 @@ CODES = {"threshold": 0, "sign": 1}
 MODES = {"none": 0, "xnor": 1}
 
 
-def activation_threshold(x: Tensor) -> Tensor:
-    mean = x.new_empty((), dtype=torch.float32)
-    call("pack", "activation_threshold", nhwc(x), x.numel(), mean)
-    native.check_threshold(mean)
+RULES = {"batch": 0, "sample": 1}
+
+
+def activation_threshold(x: Tensor, rule: str) -> Tensor:
+    by_sample = bool(choice("rule", rule, RULES))
+    mean = x.new_empty([x.shape[0], 1] if by_sample else [], dtype=torch.float32)
+    probe = x.new_empty((), dtype=torch.float32)
+    groups, size = (x.shape[0], inner_size(x) * x.shape[1]) if by_sample else (1, x.numel())
+    call("pack", "activation_threshold", nhwc(x), groups, size, mean, probe)
+    native.check_threshold(probe)
     return mean
 
 
 def pack_activation(x: Tensor, threshold: Tensor | None, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     values, (n, channels, *spatial) = nhwc(x), x.shape
     bits, mask = (x.new_empty([n, *spatial, ceil_div(channels, WORD)], dtype=torch.int64) for _ in range(2))
-    call("pack", "pack_activation", values, n * inner_size(x), channels, native.vector(threshold), bits, mask)
+    limits = (native.vector(threshold), *threshold_groups(threshold, x))
+    call("pack", "pack_activation", values, n * inner_size(x), channels, *limits, bits, mask)
     return bits, mask
+
+
+def threshold_groups(threshold: Tensor | None, x: Tensor) -> tuple[bool, int]:
+    """Is a threshold one of every channel ``[1, C]``, and else how many groups of samples it has (``[]`` or ``[N, 1]``)?
+
+    Raises `UnsupportedInputError` for another shape. ``[1, 1]`` means the same either way.
+    """
+    if threshold is None or threshold.dim() == 0:
+        return False, 1
+    if threshold.shape == (1, x.shape[1]):
+        return True, 1
+    if threshold.shape != (x.shape[0], 1):
+        raise UnsupportedInputError(
+            f"threshold: got shape {tuple(threshold.shape)}; accepted: (), ({x.shape[0]}, 1) or (1, {x.shape[1]})"
+        )
+    return False, x.shape[0]
 
 
 def unpack_activation(x_bits: Tensor, channels: int, code: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedInputError
 from . import codegen, native, program
-from .cpu_forward import CODES
+from .cpu_forward import CODES, RULES
 from .native import call, choice, empty_nhwc, inner_size, nhwc, vector
 from .ops import output_size
 from .packing import WORD, ceil_div
@@ -100,6 +100,8 @@ def fused_activation(
     keep_values: bool,
     keep_below: bool,
     after: Tensor | None = None,
+    threshold: Tensor | None = None,
+    rule: str = "sample",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memory, (n, channels, *spatial) = operand_memory("fused_activation", operands, text)
     parameters = parameters_for(text, [o.dtype for o in memory])
@@ -107,11 +109,13 @@ def fused_activation(
     size = [*map(int, output_size(spatial, kernel, stride, padding))] if window else spatial
     like = memory[0]
     bits, mask = (like.new_empty([n, *size, ceil_div(channels, WORD)], dtype=torch.int64) for _ in range(2))
-    # A pooled value has several inputs: keeping it from the first pass to the second is less than making it twice.
-    made_once = keep_values or (bool(window) and code == "threshold")
+    sign, by_sample = choice("code", code, CODES), bool(choice("rule", rule, RULES))
+    limits = known_threshold(threshold, channels)
+    # A sample's values stay in the cache from the pass for its mean to the pass for its bits; a batch's do not.
+    made_once = keep_values or (not sign and limits is None and not by_sample)
     values = empty_nhwc(like, [n, channels, *size], torch.float32) if made_once else None
     below = torch.empty_like(bits) if keep_below else None
-    threshold = torch.empty((), dtype=torch.float32)
+    probe = like.new_empty((), dtype=torch.float32)
     ones = [1] * len(spatial)
     shape = native.geometry(
         batch=n,
@@ -123,16 +127,25 @@ def fused_activation(
         stride=stride or ones,
         padding=padding or [0] * len(spatial),
     )
-    outputs = (choice("code", code, CODES), threshold, bits, mask, values, below)
+    outputs = (sign, limits, n if by_sample else 1, probe, bits, mask, values, below)
     call("fused_activation", "fused_activation", *memory, shape, *outputs, parameters=parameters)
-    if code == "threshold":
-        native.check_threshold(threshold)
+    if not sign:
+        native.check_threshold(probe)
     return (
         bits,
         mask,
         values if keep_values and values is not None else like.new_empty(0, dtype=torch.float32),
         bits.new_empty(0) if below is None else below,
     )
+
+
+def known_threshold(threshold: Tensor | None, channels: int) -> Tensor | None:
+    """A threshold of every channel ``[1, C]`` as a kernel reads it; raises for another shape."""
+    if threshold is not None and threshold.shape != (1, channels):
+        raise UnsupportedInputError(
+            f"fused_activation: got a threshold of shape {tuple(threshold.shape)}; accepted: (1, {channels})"
+        )
+    return vector(threshold)
 
 
 def fused_gradient(

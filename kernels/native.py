@@ -120,7 +120,8 @@ def check_threshold(threshold: Tensor) -> None:
     if _thread.recorder is not None:
         _thread.recorder.check_threshold(threshold)
     else:
-        reference.warn_unless_finite(threshold.item())
+        if not math.isfinite(threshold.item()):
+            reference.warn_unless_finite(threshold)
 
 
 @functools.cache

@@ -27,10 +27,10 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 SCHEMAS = {
     "draw_seed": "(Device device) -> Tensor",
     "check_finite": "(Tensor x, str where) -> Tensor",
-    "activation_threshold": "(Tensor x) -> Tensor",
+    "activation_threshold": "(Tensor x, str rule) -> Tensor",
     "pack_activation": "(Tensor x, Tensor? threshold, Tensor? after=None) -> (Tensor, Tensor)",
     "fused_activation": "(Tensor[] operands, str text, str code, int[] window, bool keep_values, bool keep_below, "
-    "Tensor? after=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? after=None, Tensor? threshold=None, str rule='sample') -> (Tensor, Tensor, Tensor, Tensor)",
     "fused_gradient": "(Tensor[] operands, str text, bool measure, Tensor? weight_scale=None) "
     "-> (Tensor, Tensor, Tensor)",
     "unpack_activation": "(Tensor x_bits, int channels, str code) -> Tensor",
@@ -56,11 +56,12 @@ SCHEMAS = {
     "gather_rows": "(Tensor x, Tensor rows) -> Tensor",
     "scatter_rows": "(Tensor kept, Tensor rows, SymInt size) -> Tensor",
     "quantize_rows": "(Tensor g, Tensor? weight_scale, Tensor rows, Tensor? row_scale, Tensor seed, int stream, "
-    "int bits, bool compact=False, Tensor? extremes=None) -> (Tensor, Tensor, Tensor)",
+    "int bits, bool compact=False, Tensor? extremes=None, bool grid=True) -> (Tensor, Tensor, Tensor)",
     "dequantize_rows": "(Tensor planes, Tensor scale, Tensor zero_point, Tensor rows, int channels, SymInt size) "
     "-> Tensor",
     "quantize_channels": "(Tensor g, Tensor rows, Tensor? row_scale, Tensor? channels, Tensor? channel_scale, "
-    "Tensor seed, int stream, int bits, bool compact=False, Tensor? extremes=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor seed, int stream, int bits, bool compact=False, Tensor? extremes=None, bool grid=True) "
+    "-> (Tensor, Tensor, Tensor)",
     "grad_input_product": "(Tensor planes, Tensor w_bits_t, int in_channels, int out_channels, "
     "SymInt[] input_size, int[] stride, int[] padding) -> (Tensor, Tensor)",
     "dequantize_grad_input": "(Tensor acc, Tensor weight_sum, Tensor scale, Tensor zero_point, Tensor rows, "
@@ -107,8 +108,8 @@ def _check_finite(x: Tensor, where: str) -> Tensor:
 
 
 @_fake
-def _activation_threshold(x: Tensor) -> Tensor:
-    return x.new_empty((), dtype=torch.float32)
+def _activation_threshold(x: Tensor, rule: str) -> Tensor:
+    return x.new_empty([x.shape[0], 1] if rule == "sample" else [], dtype=torch.float32)
 
 
 @_fake
@@ -127,6 +128,8 @@ def _fused_activation(
     keep_values: bool,
     keep_below: bool,
     after: Tensor | None = None,
+    threshold: Tensor | None = None,
+    rule: str = "sample",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     full = operands[program.parse(text).operands.index(program.FULL)]
     n, c, *size = full.shape
@@ -295,6 +298,7 @@ def _quantize_rows(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, c, *spatial = g.shape
     k = rows.shape[0]
@@ -321,6 +325,7 @@ def _quantize_channels(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     c = g.shape[1] if channels is None else channels.shape[0]
     positions = rows.shape[0]

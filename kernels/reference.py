@@ -8,6 +8,7 @@ Source: 1-bit FQT, arXiv 2408.14267; XNOR-Net, arXiv 1603.05279.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -28,6 +29,8 @@ BLOCK = 4096
 """Elements per block of the mean of a whole tensor."""
 ROW_BLOCK = 1024
 """Positions per block of the sums of `gradient_moments`."""
+SMALLEST_NORMAL = 2.0**-126
+"""Least float32 whose reciprocal is finite for certain."""
 EXACT_FLOAT32 = 1 << 24
 """Integer sums up to this bound are exact in float32 in any order."""
 
@@ -59,12 +62,12 @@ def nhwc_rows(x: Tensor) -> Tensor:
     return channels_last(x).flatten(1)
 
 
-# -- 1. binarizing (NUMERICS 1) ----------------------------------------------------------------------------
+# -- 1. binarizing (math.md 1) ----------------------------------------------------------------------------
 
 
-def warn_unless_finite(mean: float) -> None:
+def warn_unless_finite(x: Tensor) -> None:
     """One bit cannot carry a NaN: say so where it is noticed for free, instead of letting it vanish silently."""
-    if not math.isfinite(mean):
+    if not bool(torch.isfinite(x).all()):
         warnings.warn(
             "fqt1bit: NaN or infinite values reached a packed layer, whose bits cannot carry them; "
             "check_finite=True names the layer",
@@ -73,29 +76,73 @@ def warn_unless_finite(mean: float) -> None:
         )
 
 
-def activation_threshold(x: Tensor) -> Tensor:
-    """``t`` = mean of the tensor, one float32 scalar.
+def activation_threshold(x: Tensor, rule: str) -> Tensor:
+    """``t`` = mean of a group of elements: of every row, float32 ``[N, 1]`` (``sample``), or of all, ``[]`` (``batch``).
 
-    Blocks of 4096 elements (NHWC order) are lane-summed in float32, the block sums are added one after the
-    other in float64, divided by the number of elements and rounded to float32.
+    Blocks of 4096 elements of a group (NHWC order) are lane-summed in float32, the block sums are added one after the
+    other in float64, divided by the number of elements and rounded to float32; 0 for an empty group.
+    A row's threshold depends on no other row: predictions stand alone (math.md 1).
     """
-    flat = channels_last(as_float32(x)).flatten()
-    count = -(-flat.numel() // BLOCK)
-    blocks = torch.nn.functional.pad(flat, (0, count * BLOCK - flat.numel())).view(count, BLOCK)
-    total = 0.0
-    for block in lane_sum(blocks).tolist():
-        total += block
-    mean = total / flat.numel() if flat.numel() else 0.0
-    warn_unless_finite(mean)
-    return torch.tensor(mean, dtype=torch.float64, device=x.device).to(torch.float32)
+    groups = nhwc_rows(as_float32(x))
+    groups = groups if rule == "sample" else groups.reshape(1, -1)
+    size = groups.shape[1]
+    count = -(-size // BLOCK)
+    blocks = lane_sum(torch.nn.functional.pad(groups, (0, count * BLOCK - size)).unflatten(1, (count, BLOCK)))
+    total = torch.zeros(groups.shape[0], dtype=torch.float64, device=x.device)
+    for k in range(count):
+        total = total + blocks[:, k].to(torch.float64)
+    mean = total / max(size, 1)
+    return mean.to(torch.float32)[:, None] if rule == "sample" else mean.to(torch.float32)[0]
+
+
+def batch_norm_threshold(
+    weight: Tensor | None, bias: Tensor | None, channels: int, window: int, top: float, repeat: int
+) -> Tensor:
+    """``t[c]`` = E of a BatchNorm's output behind ReLU, from its parameters; float32 ``[1, channels * repeat]``.
+
+    BatchNorm's output in training has mean beta and standard deviation |gamma| in every channel (None: 0 and 1). With
+    it normally distributed, E ReLU(N(m, d**2)) = d phi(m / d) + m Phi(m / d) =: h(m, d), and h(m, d) - h(m - top, d)
+    where values above ``top`` are clipped (ReLU6; infinity for ReLU). The largest of ``window`` neighbours (max-pools
+    in between; 1 without) is taken as normal with m = beta + a |gamma| and d = b |gamma|, a = 0.8 sqrt(l),
+    b = 1 / (1 + l / 4), l = log2(window) / 2: 2.2 times h(0, 1) for 2 x 2, which was measured (docs/math.md 1).
+    In float64, rounded once. ``repeat``: features that one channel was flattened to, side by side.
+    Needs no data, so it is the same for every batch, in training and in evaluation.
+    """
+    like = weight if weight is not None else bias
+    device = None if like is None else like.device
+    width = torch.ones(channels, device=device) if weight is None else weight.abs()
+    mean = torch.zeros(channels, device=device) if bias is None else bias
+    width, mean = width.to(torch.float64), mean.to(torch.float64)
+    level = math.log2(window) / 2
+    mean, width = mean + 0.8 * math.sqrt(level) * width, width / (1 + level / 4)
+    t = _normal_relu(mean, width)
+    if math.isfinite(top):
+        t = t - _normal_relu(mean - top, width)
+    return t.clamp(min=0).to(torch.float32)[:, None].expand(channels, repeat).reshape(1, channels * repeat)
+
+
+def _normal_relu(mean: Tensor, width: Tensor) -> Tensor:
+    """E ReLU(N(mean, width**2)) in float64; ReLU(mean) where width is 0."""
+    z = mean / torch.where(width > 0, width, torch.ones_like(width))
+    density = torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+    below = 0.5 + 0.5 * torch.erf(z * math.sqrt(0.5))
+    return torch.where(width > 0, width * density + mean * below, mean.clamp(min=0))
+
+
+def threshold_of(threshold: Tensor, x: Tensor) -> Tensor:
+    """A threshold ``[]``, ``[N, 1]`` (of rows) or ``[1, C]`` (of channels), shaped to broadcast over x ``[N, C, *S]``."""
+    return threshold.view(*threshold.shape, *[1] * (x.dim() - 2)) if threshold.dim() else threshold
 
 
 def activation_bits(x: Tensor, threshold: Tensor | None) -> Tensor:
     """bool ``[N, C, *S]``: the larger code value. ``sign`` code (no threshold): not x < 0; else x > t.
 
-    -0.0 and NaN count as +1 in the sign code; NaN as 0 in the threshold code (and t is NaN then).
+    -0.0 and NaN count as +1 in the sign code; NaN as 0 in the threshold code. threshold: see `threshold_of`.
     """
-    return ~(as_float32(x) < 0) if threshold is None else as_float32(x) > threshold
+    if threshold is None:
+        return ~(as_float32(x) < 0)
+    warn_unless_finite(x)
+    return as_float32(x) > threshold_of(threshold, x)
 
 
 def activation_mask(x: Tensor, threshold: Tensor | None) -> Tensor:
@@ -103,7 +150,7 @@ def activation_mask(x: Tensor, threshold: Tensor | None) -> Tensor:
     x = as_float32(x)
     if threshold is None:
         return x.abs() <= 1
-    return (x > 0) & (x <= 2 * torch.clamp(threshold, min=0.5))
+    return (x > 0) & (x <= 2 * torch.clamp(threshold_of(threshold, x), min=0.5))
 
 
 def code_values(bits: Tensor, code: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -184,6 +231,45 @@ def _blocked_sum(values: Tensor) -> Tensor:
     for block in partial:
         total = total + block
     return total
+
+
+def batch_norm_gradient(
+    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, eps: float, used: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of BatchNorm's input, weight and bias on the kept rows: a projection with their own statistics.
+
+    g and x: the gradient of the output and the input of the K kept rows, ``[K, C, *S]``; mean and invstd ``[C]``
+    float32: of the whole batch, as the forward used them. Over the n kept elements of a channel, with m and v the mean
+    and variance of x, a = mean g and b = mean g (x - m):
+
+        grad_input  = gamma invstd (g - a - (x - m) b / (v + eps))
+        grad_weight = invstd sum g (x - mean),  grad_bias = sum g
+
+    The exact gradient is orthogonal, per channel, to 1 and (up to eps) to x; so is this one, on the rows that are
+    left, and with all rows kept it is the exact one (docs/math.md 8). A channel that is constant there, or a single
+    element, has x - m = 0: nothing to project on, and a single element has gradient 0.
+    used: bool ``[K]`` where rows may be unused (``prune="bernoulli"``): those count for nothing and get 0.
+    """
+    axes = [0, *range(2, g.dim())]
+    g, x = as_float32(g), as_float32(x)
+    keep = None if used is None else per_row(used.to(torch.float32), x)
+    if keep is None:
+        v, m = torch.var_mean(x, axes, correction=0, keepdim=True)
+        centered, count = x - m, float(math.prod(x.shape[axis] for axis in axes))
+        g_mean, moment = g.sum(axes), (g * centered).sum(axes)
+    else:
+        count = (keep.sum() * float(math.prod(x.shape[2:]))).clamp(min=1)
+        m = (x * keep).sum(axes, keepdim=True) / count
+        centered, g = (x - m) * keep, g * keep
+        v = (centered * centered).sum(axes, keepdim=True) / count
+        g_mean, moment = g.sum(axes), (g * centered).sum(axes)
+    slope = per_channel(moment / count, x) / (v + eps)
+    scale = invstd if weight is None else invstd * weight.to(torch.float32)
+    grad = ((g - centered * slope) - per_channel(g_mean / count, x)) * per_channel(scale, x)
+    if keep is not None:
+        grad = grad * keep
+    grad_weight = (moment + (m.flatten() - mean) * g_mean) * invstd
+    return grad, grad_weight, g_mean
 
 
 def max_pool_gradient(
@@ -280,7 +366,7 @@ def grad_weight_product(
     return product[:-1].to(torch.int32), product[-1:].to(torch.int32)
 
 
-# -- 3. choosing rows (NUMERICS 3; the selection itself is in selection.py) ----------------------------------
+# -- 3. choosing rows (math.md 4; the selection itself is in selection.py) ----------------------------------
 
 
 def importance(rows: Tensor, kind: str) -> Tensor:
@@ -293,28 +379,72 @@ def importance(rows: Tensor, kind: str) -> Tensor:
     return rows.amax(1) - rows.amin(1)
 
 
-# -- 4. quantizing (NUMERICS 4) ------------------------------------------------------------------------------
+# -- 4. quantizing (math.md 5) ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How the values v of each group ``[G]`` become codes: q = floor((v - center) inverse + u) + level in 0..top.
+
+    The value of a code is ``scale (q - level) + center``: an exact zero has the code ``level`` where center is 0.
+    """
+
+    center: Tensor
+    inverse: Tensor
+    level: Tensor
+    scale: Tensor
+
+
+def make_groups(low: Tensor, high: Tensor, bits: int, grid: bool) -> Groups:
+    """Groups of least and greatest values ``low`` and ``high``, float32 ``[G]``; B = 2**b - 1.
+
+    grid: zero lies on the grid, since gradients are full of exact zeros. With lo = min(low, 0), hi = max(high, 0):
+    level = floor(-lo / (hi - lo) B + 1/2), in 1..B-1 if lo < 0 < hi (else clamping would be biased), and
+    scale = max(-lo / level, hi / (B - level)), where a level of 0 or B leaves one of the two.
+    One bit cannot have both signs and zero: it has, as without ``grid``, center = low, scale = (high - low) / B, level 0.
+    inverse = 1 / scale. A scale below 2**-126 (whose inverse would overflow) counts as 0, with inverse and level 0.
+    A group whose range is not finite has scale NaN, codes 0: nothing non-finite vanishes.
+    """
+    top = float((1 << bits) - 1)
+    zero = torch.zeros_like(low)
+    lo, hi = torch.where(low < 0, low, zero), torch.where(high > 0, high, zero)
+    both = (lo < 0) & (hi > 0)
+    spread = hi - lo
+    level = torch.where(spread > 0, ((0.0 - lo) / spread * top + 0.5).floor(), zero)
+    level = torch.where(both, level.clamp(1.0, max(top - 1, 1.0)), level)
+    left = torch.where(level > 0, (0.0 - lo) / level, zero)
+    right = torch.where(level < top, hi / (top - level), zero)
+    scale = torch.where(left > right, left, right)
+    free = both if bits == 1 else torch.zeros_like(both)
+    free = free if grid else torch.ones_like(both)
+    center = torch.where(free, low + 0.0, zero)  # -0.0 becomes +0.0
+    scale, level = torch.where(free, (high + 0.0 - center) / top, scale), torch.where(free, zero, level)
+    used = scale >= SMALLEST_NORMAL
+    scale, level = torch.where(used, scale, zero), torch.where(used, level, zero)
+    finite = (high - low) < math.inf
+    center, level = (torch.where(finite, v, zero) for v in (center, level))
+    scale = torch.where(finite, scale, torch.full_like(scale, math.nan))
+    inverse = torch.where(scale > 0, 1 / scale, zero)
+    return Groups(center, inverse, level, scale)
 
 
 def quantize_groups(
-    v: Tensor, index: Tensor, keys: tuple[int, int], bits: int, extremes: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stochastic rounding of every row of ``v [G, n]`` to b bits: codes int64, scale and zero_point ``[G]``.
+    v: Tensor, index: Tensor, keys: tuple[int, int], bits: int, extremes: Tensor | None = None, grid: bool = True
+) -> tuple[Tensor, Groups, Tensor]:
+    """Stochastic rounding of every row of ``v [G, n]`` to b bits: codes int64, the `Groups`, and v in steps.
 
-    z = min v, s = (max v - min v) / (2**b - 1), r = 1 / s (0 where s = 0), q = floor((v - z) r + u) clamped to
-    0..2**b - 1, u = uniform noise of the element ``index``. A NaN in a group makes its s and z NaN and its
-    codes 0, so that everything dequantized from it is NaN. Departure from NUMERICS: a multiplication by the
-    rounded reciprocal instead of a division (four times cheaper; the bias is below 2**-23 of a step).
-    extremes: min v and max v, ``[2, G]``, where they are known.
+    t = (v - center) inverse; q = floor(t + u) + level clamped to 0..B, u = uniform noise of the element ``index``.
+    Departure: a multiplication by the rounded reciprocal instead of a division (four times cheaper; the bias is below
+    2**-22 of a step). extremes: min v and max v, ``[2, G]``, where they are known.
     """
     low, high = (v.amin(1), v.amax(1)) if extremes is None else extremes
-    top = float((1 << bits) - 1)
-    zero = low + 0.0  # -0.0 becomes +0.0, so that the sign of zero does not depend on the order
-    scale = (high + 0.0 - zero) / top
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
-    position = (v - zero[:, None]) * inverse[:, None] + noise.uniform(index, keys)
-    codes = torch.nan_to_num(position, nan=0.0).clamp(0, top).floor().to(torch.int64)
-    return codes, scale, zero
+    groups = make_groups(low, high, bits, grid)
+    steps = (v - groups.center[:, None]) * groups.inverse[:, None]
+    least, most = -groups.level[:, None], float((1 << bits) - 1) - groups.level[:, None]
+    position = steps + noise.uniform(index, keys)
+    position = torch.where(position > least, position, least)  # a NaN has code 0
+    position = torch.where(position < most, position, most)
+    return (position.floor() + groups.level[:, None]).to(torch.int64), groups, steps
 
 
 def _element_index(g: Tensor, rows: Tensor) -> Tensor:
@@ -333,11 +463,13 @@ def quantize_rows(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PSQ: one group per kept row of ``alpha * g`` (paper, per-sample quantizer). For grad_input.
 
-    g ``[N, C, *S]``, rows int32 ``[K]`` (-1: unused). Returns codes int64 ``[K, C, *S]``, scale and zero_point
-    float32 ``[K]``. 1/p_i is folded into both (quantizing commutes with a positive factor).
+    g ``[N, C, *S]``, rows int32 ``[K]`` (-1: unused). Returns codes int64 ``[K, C, *S]``, s = scale / p_i and
+    zero_point = center / p_i - s level, float32 ``[K]``: ``s q + zero_point`` is exactly 0 for an exact 0.
+    Quantizing commutes with the positive factor 1/p_i. Departure from the paper: zero on the grid (`make_groups`).
     compact: g holds the kept rows only, ``[K, C, *S]``; the noise is that of their places in the whole gradient.
     extremes: least and greatest value of every row of ``alpha * g``, ``[2, N]`` (compact: ``[2, K]``), if known.
     """
@@ -350,11 +482,12 @@ def quantize_rows(
     if valid.numel():
         index = nhwc_rows(_element_index(g, valid))
         known = None if extremes is None else kept_rows(extremes.t(), rows, compact).t()
-        flat, s, z = quantize_groups(nhwc_rows(kept), index, keys, bits, known)
+        flat, groups, _ = quantize_groups(nhwc_rows(kept), index, keys, bits, known, grid)
         count = valid.shape[0]
         codes[:count] = channels_second(flat.view(count, *g.shape[2:], g.shape[1]))
         factor = 1.0 if row_scale is None else row_scale[:count]
-        scale[:count], zero[:count] = s * factor, z * factor
+        scale[:count] = groups.scale * factor
+        zero[:count] = groups.center * factor - scale[:count] * groups.level
     return codes, scale, zero
 
 
@@ -382,11 +515,14 @@ def quantize_channels(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PCQ: one group per output channel over the kept rows of ``g / p`` (paper, per-channel quantizer).
 
     channels int32 ``[C']`` (-1: unused) restricts to kept channels, whose 1/p_c is folded into scale and
     zero_point. Returns codes int64 ``[K, C', *S]``, scale and zero_point float32 ``[C']``. For grad_weight.
+    With ``grid`` the zero point makes the sum over a channel exact (`exact_zero_point`; departure from the paper);
+    without, it is the group's center, the least value.
     ``compact`` as in `quantize_rows`. extremes: least and greatest value of every channel, ``[2, C]``, of all of
     ``g / p``, if known: for a compact g, or where every row is kept.
     """
@@ -402,14 +538,34 @@ def quantize_channels(
         extremes = None if extremes is None else extremes[:, chosen]
     if count and used:
         values, places = (t.transpose(0, 1).flatten(1) for t in (kept, index))
-        flat, s, z = quantize_groups(values, places, keys, bits, extremes)
+        flat, groups, steps = quantize_groups(values, places, keys, bits, extremes, grid)
         codes[:count, :used] = flat.view(used, count, *g.shape[2:]).transpose(0, 1)
         factor = 1.0 if channel_scale is None else channel_scale[:used]
-        scale[:used], zero[:used] = s * factor, z * factor
+        point = exact_zero_point(flat, groups, steps) if grid else groups.center
+        scale[:used], zero[:used] = groups.scale * factor, point * factor
     return codes, scale, zero
 
 
-# -- 5. dequantizing (NUMERICS 2 and 5) ----------------------------------------------------------------------
+def exact_zero_point(codes: Tensor, groups: Groups, steps: Tensor) -> Tensor:
+    """z' with ``sum of (s q + z') = sum of v`` in every group: center + s (sum t - sum q) / n, float32 ``[G]``.
+
+    codes and steps (t, in units of s) ``[G, n]``. It is linear in the codes, so it stays unbiased; and the error of a
+    product with codes of a common mean (0/1 activations) loses its largest, rank-one part (docs/math.md 5).
+    t is added up in float32 in words of 64 elements, one after the other from 0, and the words in float64.
+    """
+    size = steps.shape[1]
+    words = torch.nn.functional.pad(steps, (0, -size % 64)).unflatten(1, (-1, 64))
+    sums = torch.zeros_like(words[..., 0])
+    for k in range(64):
+        sums = sums + words[..., k]
+    total = torch.zeros_like(groups.scale, dtype=torch.float64)
+    for word in sums.unbind(1):
+        total = total + word.to(torch.float64)
+    mean = (total - codes.sum(1).to(torch.float64)) / float(max(size, 1))
+    return (groups.center.to(torch.float64) + groups.scale.to(torch.float64) * mean).to(torch.float32)
+
+
+# -- 5. dequantizing (math.md 2 and 6) ----------------------------------------------------------------------
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ def check_finite(x: Tensor, where: str) -> Tensor:
 
 
 @_operation
-def activation_threshold(x: Tensor) -> Tensor:
-    return reference.activation_threshold(x)
+def activation_threshold(x: Tensor, rule: str) -> Tensor:
+    return reference.activation_threshold(x, rule)
 
 
 @_operation
@@ -82,14 +82,18 @@ def fused_activation(
     keep_values: bool,
     keep_below: bool,
     after: Tensor | None = None,
+    threshold: Tensor | None = None,
+    rule: str = "sample",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A pointwise program, then `activation_threshold` and `pack_activation` of its result x.
+    """A pointwise program, then `pack_activation` of its result x.
 
+    The threshold is that of channels ``[1, C]``, if given, else `activation_threshold` of x by ``rule``.
     Returns bits, mask, the values of x if ``keep_values`` and the bits of x <= 0 if ``keep_below``; empty tensors
     for what is not asked for.
     """
     x = program.evaluate(program.parse(text), operands, window)
-    threshold = reference.activation_threshold(x) if code == "threshold" else None
+    if code == "threshold" and threshold is None:
+        threshold = reference.activation_threshold(x, rule)
     bits, mask = pack_activation(x, threshold)
     values = _nhwc(x) if keep_values else x.new_empty(0)
     below = packing.pack_rows(x <= 0) if keep_below else bits.new_empty(0)
@@ -267,8 +271,9 @@ def quantize_rows(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = (_keys(seed, stream), bits, compact, extremes)
+    groups = (_keys(seed, stream), bits, compact, extremes, grid)
     codes, scale, zero = reference.quantize_rows(g, weight_scale, rows, row_scale, *groups)
     return packing.pack_planes(codes, bits), scale, zero
 
@@ -294,8 +299,9 @@ def quantize_channels(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = (channels, channel_scale, _keys(seed, stream), bits, compact, extremes)
+    groups = (channels, channel_scale, _keys(seed, stream), bits, compact, extremes, grid)
     codes, scale, zero = reference.quantize_channels(g, rows, row_scale, *groups)
     return packing.pack_lanes(codes, bits), scale, zero
 

@@ -99,6 +99,10 @@ def gradients(g: Tensor) -> dict[str, Tensor]:
             made[name].view(-1)[g.numel() // 2] = value
         made["subnormal"] = g * 1e-39
         made["huge"] = g * 1e38
+        made["positive"], made["negative"] = g.abs() + 0.5, -g.abs() - 0.5
+        made["rectified"], made["lopsided"] = g.relu(), torch.where(g > 0, g * 1e-4, g)
+        made["one-entry"] = torch.zeros_like(g)
+        made["one-entry"].view(-1)[g.numel() // 2] = -3.0
     return made
 
 
@@ -138,10 +142,13 @@ def _activation_calls(layer: Layer, o: Operands) -> dict[str, list[Call]]:
         special.view(-1)[:1] = -0.0
     variants = [o.x, o.x.movedim(1, -1).contiguous().movedim(-1, 1), o.x.bfloat16(), o.x.half(), special, o.x.relu()]
     bits, mask = REFERENCE["pack_activation"](o.x, None)
-    thresholds = (None, torch.tensor(0.25), torch.tensor(0.75), torch.tensor(math.nan))
+    by_row, by_channel = (torch.linspace(-0.1, 1.2, n) for n in o.x.shape[:2])
+    if layer.batch > 1:
+        by_row[1] = math.nan
+    thresholds = (None, *map(torch.tensor, (0.25, 0.75, math.nan)), by_row[:, None], by_channel[None])
     return {
         "check_finite": [(o.x, "layer")],
-        "activation_threshold": [(x,) for x in variants],
+        "activation_threshold": [(x, rule) for x in variants for rule in ("sample", "batch")],
         "pack_activation": [(x, t) for x in variants for t in thresholds] + [(o.x, None, o.x)],
         "unpack_activation": [(bits, layer.in_channels, code) for code in ("sign", "threshold")],
         "apply_mask": [(x.to(d), mask) for x in variants[:2] for d in (torch.float32, torch.bfloat16, torch.float64)],
@@ -206,10 +213,15 @@ def _program_calls(layer: Layer, o: Operands) -> list[Call]:
         operands = [*sources[:full], *vectors[:channel]]
         for code, values, below in (("sign", False, True), ("threshold", True, False), ("threshold", False, True)):
             made.append((operands, text, code, [], values, below))
+        known = torch.linspace(-0.1, 0.7, layer.in_channels)[None]
+        made.append((operands, text, "threshold", [], name == "prelu", True, None, known))
+        made.append((operands, text, "threshold", [], name == "prelu", False, None, None, "batch"))
     if len(layer.size) == 2:
         for window in ([2, 2, 2, 2, 0, 0], [3, 3, 2, 2, 1, 1]):
             made.append(([integers.int(), *vectors[:2]], POOLED, "threshold", window, window[0] == 2, True))
             made.append(([x, *vectors[:2]], POOLED, "sign", window, False, False))
+            made.append(([integers, *vectors[:2]], POOLED, "threshold", window, False, True, None, known))
+            made.append(([x, *vectors[:2]], POOLED, "threshold", window, False, True, None, None, "batch"))
     return made
 
 
@@ -324,6 +336,8 @@ def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
     special = gradients(o.g)
     by_row = [(g, scale, *o.rows["systematic"], o.seed, 5, 4) for g in special.values()]
     by_row += [(o.g, None, *rows, o.seed, 5, bits) for rows in o.rows.values() for bits in (1, 3, 8)]
+    by_row += [(g, scale, *o.rows["systematic"], o.seed, 5, 1) for g in special.values()]
+    by_row += [(g, scale, *o.rows["systematic"], o.seed, 5, 4, False, None, False) for g in special.values()]
     kept = [
         (rows, REFERENCE["keep_rows"](o.g, rows[0], torch.ones(len(rows[0])))) for rows in o.rows.values() if len(o.g)
     ]
@@ -335,6 +349,8 @@ def _quantize_calls(o: Operands) -> dict[str, list[Call]]:
     by_channel += [
         (o.g, *rows, *c, o.seed, 6, bits) for rows in o.rows.values() for c in o.channels.values() for bits in (1, 3, 8)
     ]
+    by_channel += [(g, *systematic, None, None, o.seed, 6, 1) for g in special.values()]
+    by_channel += [(g, *systematic, None, None, o.seed, 6, 4, False, None, False) for g in special.values()]
     by_channel += [(g, *rows, *c, o.seed, 6, 4, True) for rows, g in kept for c in o.channels.values()]
     by_channel += [
         (g, rows, None, *c, o.seed, 6, 4, True, measured(g, scale)[1])

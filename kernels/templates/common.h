@@ -2,6 +2,7 @@
 // A rendered source is self-contained: templates are included as text, constants come from the Python modules
 // that define them (packing.py, reference.py, noise.py).
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -148,9 +149,22 @@ INLINE u64 plane_of_bytes(const u8* bytes, int p) {
 #endif
 }
 
-// Bit i of the result: whether x[i] is in the relation to limit, for 64 floats. NaN: only NOT_LESS holds.
-template <Relation RELATION>
-INLINE u64 compare64(const float* x, float limit) {
+// The limit that element i is compared with: one for all, or each its own.
+INLINE float limit1(float limit, int) { return limit; }
+INLINE float limit1(const float* limit, int i) { return limit[i]; }
+#if defined(__AVX2__)
+INLINE __m256 limit8(float limit, int) { return _mm256_set1_ps(limit); }
+INLINE __m256 limit8(const float* limit, int i) { return _mm256_loadu_ps(limit + i); }
+#endif
+#if defined(__AVX512F__)
+INLINE __m512 limit16(float limit, int) { return _mm512_set1_ps(limit); }
+INLINE __m512 limit16(const float* limit, int i) { return _mm512_loadu_ps(limit + i); }
+#endif
+
+// Bit i of the result: whether x[i] is in the relation to its limit (a float, or an array of 64), for 64 floats. NaN:
+// only NOT_LESS holds.
+template <Relation RELATION, class Limit>
+INLINE u64 compare64(const float* x, Limit limit) {
 #if defined(__AVX2__)
   constexpr int COMPARE = RELATION == NOT_LESS ? _CMP_NLT_UQ : RELATION == GREATER ? _CMP_GT_OQ : _CMP_LE_OQ;
   u64 word = 0;
@@ -158,19 +172,19 @@ INLINE u64 compare64(const float* x, float limit) {
   for (int i = 0; i < 4; ++i) {
     __m512 v = _mm512_loadu_ps(x + 16 * i);
     if (RELATION == ABS_LESS_EQUAL) v = _mm512_abs_ps(v);
-    word |= u64(_mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), COMPARE)) << (16 * i);
+    word |= u64(_mm512_cmp_ps_mask(v, limit16(limit, 16 * i), COMPARE)) << (16 * i);
   }
 #else
   for (int i = 0; i < 8; ++i) {
     __m256 v = _mm256_loadu_ps(x + 8 * i);
     if (RELATION == ABS_LESS_EQUAL) v = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
-    word |= u64(u32(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), COMPARE)))) << (8 * i);
+    word |= u64(u32(_mm256_movemask_ps(_mm256_cmp_ps(v, limit8(limit, 8 * i), COMPARE)))) << (8 * i);
   }
 #endif
   return word;
 #else
   alignas(64) u8 bytes[WORD];
-  for (int i = 0; i < WORD; ++i) bytes[i] = holds(RELATION, x[i], limit);
+  for (int i = 0; i < WORD; ++i) bytes[i] = holds(RELATION, x[i], limit1(limit, i));
   return plane_of_bytes(bytes, 0);
 #endif
 }

@@ -1,6 +1,7 @@
 {% include "common.h" %}
 // A pointwise program (program.py) over NHWC operands, max-pooled or not, straight to bits: where nobody else reads
-// the activation it is never written. Two passes, because the threshold is the mean of all values.
+// the activation it is never written. One pass, or, where the threshold is the mean of a sample (of all), two over
+// each sample, which stays in the cache.
 //
 // program: {{ text }}
 
@@ -11,6 +12,7 @@ struct Geometry {
 };
 
 {% include "program.h" %}
+{% include "threshold.h" %}
 {% if pooled %}
 
 template <bool WHOLE>
@@ -104,54 +106,68 @@ struct Activation {
     }
   }
 
-  // reference.activation_threshold of the result, which is kept in `values` unless null.
-  float mean(float* values, i64 threads) const {
-    const i64 size = pixels() * g.channels;
-    std::vector<float> sums(ceil_div(size, BLOCK));
-    parallel_for(i64(sums.size()), useful_threads(size, threads), [&](i64 b) {
-      alignas(64) float scratch[BLOCK];
-      const i64 begin = b * BLOCK, end = std::min(size, begin + BLOCK);
-      float* block = values ? values + begin : scratch;
-      fill(begin, end, block);
-      sums[b] = lane_sum(end - begin, [&](i64 i) { return block[i]; });
-    });
-    double total = 0;
-    for (float sum : sums) total += sum;
-    return size ? float(total / double(size)) : 0.0f;
-  }
-
-  template <bool SIGN>
-  void pack(float threshold, float* values, bool filled, u64* bits, u64* mask, u64* below, i64 threads) const {
+  // Bits of pixels first <= p < first + count. filled: their values, in order, where they are known; values: where
+  // to write all of them, or null.
+  template <class Code>
+  void pack(i64 first, i64 count, const float* filled, float* values, const Code& code, u64* bits, u64* mask,
+            u64* below, i64 threads) const {
     const i64 words = ceil_div(g.channels, WORD);
-    const float limit = 2 * (threshold < 0.5f ? 0.5f : threshold);
-    parallel_for(pixels(), useful_threads(pixels() * g.channels, threads), [&](i64 p) {
+    parallel_for(count, useful_threads(count * g.channels, threads), [&](i64 i) {
+      const i64 p = first + i;
       for (i64 w = 0; w < words; ++w) {
         alignas(64) float v[WORD];
-        const i64 c = w * WORD, count = std::min<i64>(WORD, g.channels - c);
-        if (count < WORD) std::fill(v, v + WORD, 0.0f);
+        const i64 c = w * WORD, used_channels = std::min<i64>(WORD, g.channels - c);
+        if (used_channels < WORD) std::fill(v, v + WORD, 0.0f);
         const float* value = v;
-        if (filled && count == WORD) value = values + p * g.channels + c;
-        else if (filled) std::memcpy(v, values + p * g.channels + c, count * sizeof(float));
-        else evaluate(Place(p, g), c, count, v);
-        if (values && !filled) std::memcpy(values + p * g.channels + c, v, count * sizeof(float));
-        const u64 used = tail_mask(count);
-        bits[p * words + w] = used & (SIGN ? compare64<NOT_LESS>(value, 0) : compare64<GREATER>(value, threshold));
-        mask[p * words + w] = used & (SIGN ? compare64<ABS_LESS_EQUAL>(value, 1)
-                                           : compare64<GREATER>(value, 0) & compare64<LESS_EQUAL>(value, limit));
-        if (below) below[p * words + w] = used & compare64<LESS_EQUAL>(value, 0);
+        if (filled && used_channels == WORD) value = filled + i * g.channels + c;
+        else if (filled) std::memcpy(v, filled + i * g.channels + c, used_channels * sizeof(float));
+        else evaluate(Place(p, g), c, used_channels, v);
+        if (values && !filled) std::memcpy(values + p * g.channels + c, v, used_channels * sizeof(float));
+        const u64 used = tail_mask(used_channels);
+        const Words made = code.words(value, c);
+        bits[p * words + w] = used & made.larger;
+        mask[p * words + w] = used & made.inside;
+        if (below) below[p * words + w] = used & compare64<LESS_EQUAL>(value, 0.0f);
       }
     });
   }
+
+  // A group of samples with its mean as threshold, which is returned.
+  float pack_group(i64 first, i64 count, float* values, u64* bits, u64* mask, u64* below, i64 threads) const {
+    static thread_local Buffer scratch, block_sums;
+    const i64 size = count * g.channels, blocks = ceil_div(size, BLOCK), offset = first * g.channels;
+    float *filled = values ? values + offset : scratch.get<float>(size), *sums = block_sums.get<float>(blocks);
+    parallel_for(blocks, useful_threads(size, threads), [&](i64 b) {
+      const i64 begin = b * BLOCK, end = std::min(size, begin + BLOCK);
+      fill(offset + begin, offset + end, filled + begin);
+      sums[b] = lane_sum(end - begin, [&](i64 i) { return filled[begin + i]; });
+    });
+    const float threshold = mean_of_blocks(sums, blocks, size);
+    pack(first, count, filled, nullptr, ByMean{threshold}, bits, mask, below, threads);
+    return threshold;
+  }
 };
 
-// operands: pointers in order; values and below may be null; threshold is written unless `sign`.
-EXPORT i64 fused_activation({{ pointers }}const Geometry* geometry, i64 sign,
-                            float* threshold, u64* bits, u64* mask, float* values, u64* below, i64 threads) {
+// operands: pointers in order; values and below may be null. threshold: of every channel, or null; then the mean of
+// each of `groups` groups of samples is used, unless `sign`. probe: 0, or NaN where bits hide that a value is not finite.
+EXPORT i64 fused_activation({{ pointers }}const Geometry* geometry, i64 sign, const float* threshold, i64 groups,
+                            float* probe, u64* bits, u64* mask, float* values, u64* below, i64 threads) {
   const Activation activation{ {{ operand_values }}, *geometry};
-  if (sign) activation.pack<true>(0, values, false, bits, mask, below, threads);
-  else {
-    *threshold = activation.mean(values, threads);
-    activation.pack<false>(*threshold, values, values != nullptr, bits, mask, below, threads);
+  const i64 pixels = activation.pixels();
+  *probe = 0;
+  if (sign) activation.pack(0, pixels, nullptr, values, BySign{}, bits, mask, below, threads);
+  else if (threshold) {
+    const ByChannel code(threshold, activation.g.channels);
+    activation.pack(0, pixels, nullptr, values, code, bits, mask, below, threads);
+    *probe = code.probe();
+  } else {
+    const i64 inner = groups ? pixels / groups : 0, useful = useful_threads(pixels * activation.g.channels, threads);
+    const bool apart = groups >= useful;  // whole groups in parallel, or each in pieces
+    std::vector<float> means(groups);
+    parallel_for(groups, apart ? useful : 1, [&](i64 n) {
+      means[n] = activation.pack_group(n * inner, inner, values, bits, mask, below, apart ? 1 : useful);
+    });
+    *probe = probe_of(means.data(), groups);
   }
   return OK;
 }

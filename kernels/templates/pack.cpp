@@ -13,40 +13,49 @@ INLINE void for_words(const float* pixel, i64 channels, Body body) {
   }
 }
 
-// Block sums in float32, added up in float64: the mean of n values.
-EXPORT i64 activation_threshold(const float* x, i64 n, float* mean, i64 threads) {
-  std::vector<float> sums(ceil_div(n, BLOCK));
-  parallel_for(i64(sums.size()), useful_threads(n, threads), [&](i64 b) {
-    const float* block = x + b * BLOCK;
-    sums[b] = lane_sum(std::min(BLOCK, n - b * BLOCK), [&](i64 i) { return block[i]; });
+{% include "threshold.h" %}
+
+// Means of `groups` groups of `size` values, one after the other: block sums in float32, added up in float64.
+EXPORT i64 activation_threshold(const float* x, i64 groups, i64 size, float* mean, float* probe, i64 threads) {
+  const i64 blocks = ceil_div(size, BLOCK);
+  std::vector<float> sums(groups * blocks);
+  parallel_for(groups * blocks, useful_threads(groups * size, threads), [&](i64 i) {
+    const i64 begin = i % blocks * BLOCK;
+    const float* block = x + i / blocks * size + begin;
+    sums[i] = lane_sum(std::min(BLOCK, size - begin), [&](i64 e) { return block[e]; });
   });
-  double total = 0;
-  for (float sum : sums) total += sum;
-  *mean = n ? float(total / double(n)) : 0.0f;
+  for (i64 n = 0; n < groups; ++n) mean[n] = mean_of_blocks(sums.data() + n * blocks, blocks, size);
+  *probe = probe_of(mean, groups);
   return OK;
 }
 
-template <bool SIGN>
-static void pack_pixels(const float* x, i64 pixels, i64 channels, float threshold, u64* bits, u64* mask, i64 threads) {
+template <class Code>
+static void pack_pixels(const float* x, i64 first, i64 pixels, i64 channels, const Code& code, u64* bits, u64* mask,
+                        i64 threads) {
   const i64 words = ceil_div(channels, WORD);
-  const float limit = 2 * (threshold < 0.5f ? 0.5f : threshold);
-  parallel_for(pixels, useful_threads(pixels * channels, threads), [&](i64 p) {
+  parallel_for(pixels, useful_threads(pixels * channels, threads), [&](i64 i) {
+    const i64 p = first + i;
     for_words(x + p * channels, channels, [&](i64 w, const float* v) {
       const u64 used = tail_mask(channels - w * WORD);
-      const u64 larger = SIGN ? compare64<NOT_LESS>(v, 0) : compare64<GREATER>(v, threshold);
-      const u64 inside =
-          SIGN ? compare64<ABS_LESS_EQUAL>(v, 1) : compare64<GREATER>(v, 0) & compare64<LESS_EQUAL>(v, limit);
-      bits[p * words + w] = larger & used;
-      mask[p * words + w] = inside & used;
+      const Words made = code.words(v, w * WORD);
+      bits[p * words + w] = made.larger & used;
+      mask[p * words + w] = made.inside & used;
     });
   });
 }
 
-// threshold: null for the sign code
-EXPORT i64 pack_activation(const float* x, i64 pixels, i64 channels, const float* threshold, u64* bits, u64* mask,
-                           i64 threads) {
-  if (threshold) pack_pixels<false>(x, pixels, channels, *threshold, bits, mask, threads);
-  else pack_pixels<true>(x, pixels, channels, 0, bits, mask, threads);
+// threshold: null for the sign code, one of every channel (`by_channel`), or one of each of `groups` groups of samples
+EXPORT i64 pack_activation(const float* x, i64 pixels, i64 channels, const float* threshold, i64 by_channel, i64 groups,
+                           u64* bits, u64* mask, i64 threads) {
+  if (!threshold) pack_pixels(x, 0, pixels, channels, BySign{}, bits, mask, threads);
+  else if (by_channel) pack_pixels(x, 0, pixels, channels, ByChannel(threshold, channels), bits, mask, threads);
+  else if (groups == 1) pack_pixels(x, 0, pixels, channels, ByMean{threshold[0]}, bits, mask, threads);
+  else {
+    const i64 inner = groups ? pixels / groups : 0;
+    parallel_for(groups, useful_threads(pixels * channels, threads), [&](i64 n) {
+      pack_pixels(x, n * inner, inner, channels, ByMean{threshold[n]}, bits, mask, 1);
+    });
+  }
   return OK;
 }
 

@@ -1,7 +1,7 @@
 {% include "common.h" %}
 // Gradients [N][S][C] (NHWC, float32): importance of rows and channels, and stochastic rounding to bit planes.
 //
-//     z = min v, s = (max v - min v) / (2**b - 1), r = 1 / s (0 where s = 0), q = floor((v - z) r + u)
+//     q = floor((v - center) inverse + u) + level, with the groups of reference.make_groups
 
 enum Kind { NORM, RANGE, UNIFORM };
 
@@ -42,32 +42,56 @@ INLINE void extend(float* low, float* high, const float* v, const float* factor,
 }
 
 struct Group {
-  float zero, scale, inverse;
+  float center, inverse, level, scale;
 };
 
-// -0 becomes +0, so that the sign of a zero does not depend on the order of the comparisons.
-INLINE Group make_group(float low, float high, i64 bits) {
-  const float zero = low + 0.0f;
-  const float scale = (high + 0.0f - zero) / float((1 << bits) - 1);
-  return {zero, scale, scale > 0 ? 1 / scale : 0.0f};
+INLINE Group make_group(float low, float high, i64 bits, bool grid) {
+  const float top = float((1 << bits) - 1), lo = low < 0 ? low : 0.0f, hi = high > 0 ? high : 0.0f;
+  if (!(high - low < std::numeric_limits<float>::infinity()))
+    return {0, 0, 0, std::numeric_limits<float>::quiet_NaN()};
+  const bool both = lo < 0 && hi > 0;
+  float center = 0, level = 0, scale;
+  if (!grid || (bits == 1 && both)) {
+    center = low + 0.0f;  // -0 becomes +0
+    scale = (high + 0.0f - center) / top;
+  } else {
+    const float spread = hi - lo;
+    if (spread > 0) level = std::floor((0.0f - lo) / spread * top + 0.5f);
+    if (both) level = std::min(std::max(level, 1.0f), top - 1);
+    const float left = level > 0 ? (0.0f - lo) / level : 0.0f, right = level < top ? hi / (top - level) : 0.0f;
+    scale = left > right ? left : right;
+  }
+  if (!(scale >= std::numeric_limits<float>::min())) return {center, 0, 0, 0};
+  return {center, 1 / scale, level, scale};
 }
 
 // Parameters of 64 neighbouring elements.
 struct Lanes64 {
-  alignas(64) float zero[WORD], inverse[WORD];
+  alignas(64) float center[WORD], inverse[WORD], level[WORD];
   alignas(64) u32 offset[WORD];  // of the element in NHWC order, relative to its pixel
 };
 
-// Codes of 64 elements as bytes; a NaN has code 0.
+// Sums over the elements of 64 groups: values in steps, and codes.
+struct Sums64 {
+  alignas(64) float steps[WORD];
+  alignas(64) i32 codes[WORD];
+};
+
+// Codes of 64 elements as bytes; a NaN has code 0. SUM: also adds to `sums`.
+template <bool SUM>
 INLINE void quantize64(const float* v, const float* factor, const Lanes64& lanes, u32 index, Keys keys, float top,
-                       u8* codes) {
+                       u8* codes, Sums64* sums) {
   alignas(64) i32 wide[WORD];
   for (int i = 0; i < WORD; ++i) {
     const float noise = uniform(index + lanes.offset[i], keys);
-    float position = (v[i] * factor[i] - lanes.zero[i]) * lanes.inverse[i] + noise;
-    position = position > 0 ? position : 0.0f;
-    position = position < top ? position : top;
-    wide[i] = i32(position);
+    const float step = (v[i] * factor[i] - lanes.center[i]) * lanes.inverse[i], level = lanes.level[i];
+    float position = step + noise;
+    position = position > 0.0f - level ? position : 0.0f - level;
+    position = position < top - level ? position : top - level;
+    i32 whole = i32(position);  // rounds to zero: one too much below it
+    whole -= position < float(whole);
+    wide[i] = whole + i32(level);
+    if (SUM) sums->steps[i] += step, sums->codes[i] += wide[i];
   }
   for (int i = 0; i < WORD; ++i) codes[i] = u8(wide[i]);
 }
@@ -188,6 +212,7 @@ EXPORT i64 channel_importance(const float* g, i64 samples, i64 inner, i64 channe
 struct RowQuantizer {
   const float *g, *channel_scale;  // channel_scale: alpha, or null
   i64 inner, channels, bits, words;
+  bool grid;
   Keys keys;
   std::vector<float> factor;  // alpha, or ones; padded to whole words
 
@@ -202,15 +227,16 @@ struct RowQuantizer {
     for (i64 s = 0; s < inner; ++s)
       for (i64 c = 0; c < channels; c += WORD)
         extend(e.low, e.high, row + s * channels + c, &factor[c], channels - c);
-    return make_group(e.least(), e.greatest(), bits);
+    return make_group(e.least(), e.greatest(), bits, grid);
   }
 
   // planes of one row, [bits] at distance plane_stride, each [inner][words]; place: of the row in the whole gradient
-  Group run(const float* row, Group group, i64 place, u64* planes, i64 plane_stride) const {
+  void run(const float* row, Group group, i64 place, u64* planes, i64 plane_stride) const {
     const float top = float((1 << bits) - 1);
     Lanes64 lanes;
-    std::fill(lanes.zero, lanes.zero + WORD, group.zero);
+    std::fill(lanes.center, lanes.center + WORD, group.center);
     std::fill(lanes.inverse, lanes.inverse + WORD, group.inverse);
+    std::fill(lanes.level, lanes.level + WORD, group.level);
     for (int i = 0; i < WORD; ++i) lanes.offset[i] = u32(i);
     for (i64 s = 0; s < inner; ++s)
       for (i64 w = 0; w < words; ++w) {
@@ -218,21 +244,20 @@ struct RowQuantizer {
         alignas(64) u8 codes[WORD];
         const i64 count = channels - w * WORD, begin = s * channels + w * WORD;
         const u64 used = tail_mask(count);
-        quantize64(block64(row + begin, count, padded), &factor[w * WORD], lanes,
-                   u32(place * inner * channels + begin), keys, top, codes);
+        quantize64<false>(block64(row + begin, count, padded), &factor[w * WORD], lanes,
+                          u32(place * inner * channels + begin), keys, top, codes, nullptr);
         for (int p = 0; p < bits; ++p) planes[p * plane_stride + s * words + w] = plane_of_bytes(codes, p) & used;
       }
-    return group;
   }
 };
 
 // extremes: [2][samples], or null, as everywhere below
 EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, i64 compact, const float* channel_scale,
-                         const i32* rows, i64 row_count, const float* row_scale, i64 k0, i64 k1, i64 bits,
+                         const i32* rows, i64 row_count, const float* row_scale, i64 k0, i64 k1, i64 bits, i64 grid,
                          const float* extremes, u64* planes, float* scale, float* zero, i64 threads) {
   const i64 used = keep_rows(g, samples, inner, channels, compact, rows, row_count, row_scale).used;
   if (used < 0) return BAD_INDEX;
-  RowQuantizer quantizer{g, channel_scale, inner, channels, bits, 0, {u32(k0), u32(k1)}, {}};
+  RowQuantizer quantizer{g, channel_scale, inner, channels, bits, 0, bool(grid), {u32(k0), u32(k1)}, {}};
   quantizer.prepare();
   const i64 row_words = inner * quantizer.words, plane_stride = row_count * row_words;
   parallel_for(row_count, useful_threads(row_count * inner * channels, threads), [&](i64 k) {
@@ -240,12 +265,11 @@ EXPORT i64 quantize_rows(const float* g, i64 samples, i64 inner, i64 channels, i
     if (k < used && row_words) {
       const i64 n = compact ? k : rows[k];
       const float* row = g + n * inner * channels;
-      const Group group =
-          quantizer.run(row, extremes ? make_group(extremes[n], extremes[samples + n], bits) : quantizer.measure(row),
-                        rows[k], planes + k * row_words, plane_stride);
+      const Group group = extremes ? make_group(extremes[n], extremes[samples + n], bits, grid) : quantizer.measure(row);
+      quantizer.run(row, group, rows[k], planes + k * row_words, plane_stride);
       const float factor = row_scale ? row_scale[k] : 1.0f;
       scale[k] = group.scale * factor;
-      zero[k] = group.zero * factor;
+      zero[k] = group.center * factor - scale[k] * group.level;
     } else
       for (int p = 0; p < bits; ++p) {
         u64* row = planes + p * plane_stride + k * row_words;
@@ -261,22 +285,25 @@ struct ChannelQuantizer {
   Kept kept;
   const i32* chosen;  // kept channels, or null for all
   i64 used, bits;     // channels that have a group
+  bool grid;
   Keys keys;
   std::vector<Lanes64> blocks;  // of 64 channels
+  Sums64* sums;                 // [words][blocks], of one word of positions each
 
   i64 channel(i64 c) const { return chosen ? chosen[c] : c; }
 
-  void prepare(i64 threads, const float* extremes, float* scale, float* zero) {
+  void prepare(i64 threads, const float* extremes, float* scale) {
     std::vector<float> found(extremes ? 0 : 2 * kept.channels);
     if (!extremes) all_extremes(kept, threads, found.data(), found.data() + kept.channels);
     const float *low = extremes ? extremes : found.data(), *high = low + kept.channels;
     blocks.resize(ceil_div(used, WORD));
     std::memset(static_cast<void*>(blocks.data()), 0, blocks.size() * sizeof(Lanes64));
     for (i64 c = 0; c < used; ++c) {
-      const Group group = make_group(low[channel(c)], high[channel(c)], bits);
+      const Group group = make_group(low[channel(c)], high[channel(c)], bits, grid);
       Lanes64& block = blocks[c / WORD];
-      block.zero[c % WORD] = zero[c] = group.zero;
+      block.center[c % WORD] = group.center;
       block.inverse[c % WORD] = group.inverse;
+      block.level[c % WORD] = group.level;
       block.offset[c % WORD] = u32(channel(c));
       scale[c] = group.scale;
     }
@@ -298,13 +325,17 @@ struct ChannelQuantizer {
     const i64 first = word * WORD, count = std::min<i64>(WORD, kept.positions() - first);
     const float top = float((1 << bits) - 1);
     const u64 used_channels = tail_mask(used - block * WORD);
+    Sums64* sum = sums + word * i64(blocks.size()) + block;
+    if (grid) std::memset(static_cast<void*>(sum), 0, sizeof *sum);
     for (i64 i = 0; i < count; ++i) {
       const i64 m = first + i;
       if (i == 0 || m % kept.inner == 0) std::fill(factor, factor + WORD, kept.factor(m));
       alignas(64) float padded[WORD];
       alignas(64) u8 codes[WORD];
       const float* pixel = kept.pixel(m);
-      quantize64(values(pixel, block, padded), factor, lanes, u32(kept.place(m)), keys, top, codes);
+      const float* v = values(pixel, block, padded);
+      if (grid) quantize64<true>(v, factor, lanes, u32(kept.place(m)), keys, top, codes, sum);
+      else quantize64<false>(v, factor, lanes, u32(kept.place(m)), keys, top, codes, sum);
       for (int p = 0; p < bits; ++p) planes[p][i] = plane_of_bytes(codes, p) & used_channels;
     }
     for (int p = 0; p < bits; ++p) {
@@ -312,14 +343,29 @@ struct ChannelQuantizer {
       transpose64(planes[p]);
     }
   }
+
+  // reference.exact_zero_point of group c, or its center
+  float zero_point(i64 c, float scale) const {
+    const float center = blocks[c / WORD].center[c % WORD];
+    if (!grid) return center;
+    double steps = 0;
+    i64 codes = 0;
+    for (i64 word = 0; word < ceil_div(kept.positions(), WORD); ++word) {
+      const Sums64& sum = sums[word * i64(blocks.size()) + c / WORD];
+      steps += double(sum.steps[c % WORD]);
+      codes += sum.codes[c % WORD];
+    }
+    return float(double(center) + double(scale) * ((steps - double(codes)) / double(kept.positions())));
+  }
 };
 
 // lanes [bits][ceil(channels/8)][W][8], of `width` channels; the words of unused rows and channels are clear.
 EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channels, i64 compact, const i32* rows,
                              i64 row_count, const float* row_scale, const i32* chosen, i64 width, const float* channel_scale, i64 k0,
-                             i64 k1, i64 bits, const float* extremes, u64* out, float* scale, float* zero, i64 threads) {
+                             i64 k1, i64 bits, i64 grid, const float* extremes, u64* out, float* scale, float* zero, i64 threads) {
+  static thread_local Buffer sums;
   ChannelQuantizer quantizer{keep_rows(g, samples, inner, channels, compact, rows, row_count, row_scale), chosen, width,
-                             bits, {u32(k0), u32(k1)}, {}};
+                             bits, bool(grid), {u32(k0), u32(k1)}, {}, nullptr};
   if (chosen) quantizer.used = used_count(chosen, width, channels);
   if (quantizer.kept.used < 0 || quantizer.used < 0) return BAD_INDEX;
   std::fill(scale, scale + width, 0.0f);
@@ -329,7 +375,8 @@ EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channel
     std::fill(out, out + bits * tiles * words * LANE_TILE, 0);
     return OK;
   }
-  quantizer.prepare(threads, extremes, scale, zero);
+  quantizer.prepare(threads, extremes, scale);
+  quantizer.sums = sums.get<Sums64>(grid ? words * i64(quantizer.blocks.size()) : 0);
   const i64 blocks = ceil_div(width, WORD);
   parallel_for(words, useful_threads(row_count * inner * width, threads), [&](i64 word) {
     alignas(64) u64 planes[8][WORD];
@@ -343,7 +390,10 @@ EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channel
                       planes[p] + t % (WORD / LANE_TILE) * LANE_TILE, LANE_TILE * sizeof(u64));
     }
   });
-  if (channel_scale)
-    for (i64 c = 0; c < quantizer.used; ++c) scale[c] *= channel_scale[c], zero[c] *= channel_scale[c];
+  for (i64 c = 0; c < quantizer.used; ++c) {
+    const float factor = channel_scale ? channel_scale[c] : 1.0f;
+    zero[c] = quantizer.zero_point(c, scale[c]) * factor;
+    scale[c] *= factor;
+  }
   return OK;
 }
