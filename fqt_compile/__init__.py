@@ -5,6 +5,17 @@ from .compare import Comparison, compare
 from .config import FQTConfig
 from .eager import eager
 from .explain import Report, explain
+from .noise import GradientNoise, gradient_noise
 
-__all__ = ["Comparison", "FQTConfig", "Report", "compare", "eager", "explain", "fqt1bit"]
+__all__ = [
+    "Comparison",
+    "FQTConfig",
+    "GradientNoise",
+    "Report",
+    "compare",
+    "eager",
+    "explain",
+    "fqt1bit",
+    "gradient_noise",
+]
 __version__ = "0.1.0"

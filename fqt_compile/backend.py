@@ -29,6 +29,7 @@ from .kernels.gpu_launch import require_triton
 from .kernels.memory import keep_freed_memory
 from .kernels.reference_ops import OPERATIONS
 from .notices import announce, graph_key, notices, recall, remember
+from .passes.batch_norm import decompositions
 from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline
 
 CONVOLUTIONS = frozenset({torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default})
@@ -109,7 +110,7 @@ def fqt1bit(
     key = graph_key(gm, example_inputs, joint_pass.uuid())
     inductor.register()
     patches = {"joint_custom_pre_pass": joint_pass, **layout_patches(gm)}
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions())
     if joint_pass.messages is None:  # Inductor had it in its cache
         announce(recall(key))
     else:
@@ -166,7 +167,9 @@ def compile_interpreted(
     patches = {"joint_custom_pre_pass": joint_pass, "fx_graph_cache": False}
     functorch = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with torch._functorch.config.patch(functorch):
-        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
+        compiled: Any = compile_fx(
+            gm, example_inputs, inner_compile, config_patches=patches, decompositions=decompositions()
+        )
     return compiled
 
 

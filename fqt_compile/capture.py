@@ -36,7 +36,9 @@ class SiteReport:
     """One use of a convolution or linear layer, as decided by the passes.
 
     ``saved_bytes_before``: its input in the dtype of the graph; ``saved_bytes_after``: its packed bits and
-    mask (equal where the layer stays in float). ``macs``: products of one forward pass.
+    mask (equal where the layer stays in float). ``macs``: products of one forward pass. ``threshold``: how that of the
+    code ``threshold`` is found: ``channel`` (from the BatchNorm before), ``sample`` or ``batch`` (means);
+    ``batch_norm``: the arguments of `kernels.reference.batch_norm_threshold` of ``channel``.
     """
 
     name: str
@@ -53,6 +55,8 @@ class SiteReport:
     saved_bytes_after: int
     rows_are_tokens: bool
     below_cut: bool
+    threshold: str | None = None
+    batch_norm: tuple[Any, ...] | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 @dataclasses.dataclass
@@ -86,7 +90,7 @@ def capture(
     graphs: list[CapturedGraph] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        analysis = _Analysis(config, parameter_names(gm, example_inputs), rewrite)
+        analysis = _Analysis(config, parameter_names(gm, example_inputs), rewrite, example_inputs)
         interpreter = _Unexecuted if rewrite else fx.Interpreter
         compiled = compile_interpreted(gm, example_inputs, analysis, interpreter, analysis.see_partition)
         graphs.append(analysis.result())
@@ -101,10 +105,12 @@ def capture(
 class _Analysis(FQTPass):
     """The joint pass of a capture: records stages and sites; rewrites the graph itself only if asked to."""
 
-    def __init__(self, config: FQTConfig, names: Sequence[str | None], rewrite: bool) -> None:
+    def __init__(
+        self, config: FQTConfig, names: Sequence[str | None], rewrite: bool, inputs: Sequence[Any] = ()
+    ) -> None:
         self.stages: dict[str, str] = {}
         super().__init__(config, names, observe=self.stages.__setitem__)
-        self.rewrite = rewrite
+        self.rewrite, self.inputs = rewrite, inputs
         self.state: State | None = None
         self.sites: list[SiteReport] = []
         self.saved_bytes = 0
@@ -115,7 +121,8 @@ class _Analysis(FQTPass):
         self.state = run_pipeline(target, self.config, self.names, self.observe)
         if not self.rewrite:  # a report captures twice; once is enough to say it
             announce(notices(self.state))
-        self.sites = [report(site, site.index in self.state.choice.below) for site in self.state.sites]
+        below = self.state.choice.below
+        self.sites = [report(site, site.index in below, self.inputs) for site in self.state.sites]
 
     def uuid(self) -> Any:
         return None
@@ -201,8 +208,8 @@ def saved_bytes(backward: fx.GraphModule) -> int:
     return total
 
 
-def report(site: Site, below_cut: bool) -> SiteReport:
-    """The public view of a matched site."""
+def report(site: Site, below_cut: bool, inputs: Sequence[Any] = ()) -> SiteReport:
+    """The public view of a matched site; ``inputs``: those of the captured graph, parameters among them."""
     x, output = value(site.x), value(site.output)
     before = int(x.numel()) * x.element_size()
     after = before
@@ -224,4 +231,17 @@ def report(site: Site, below_cut: bool) -> SiteReport:
         saved_bytes_after=after,
         rows_are_tokens=site.rows_are_tokens,
         below_cut=below_cut,
+        threshold=site.threshold,
+        batch_norm=_batch_norm_parameters(site, inputs),
     )
+
+
+def _batch_norm_parameters(site: Site, inputs: Sequence[Any]) -> tuple[Any, ...] | None:
+    norm = site.batch_norm
+    if norm is None:
+        return None
+    parameters = []
+    for node in (norm.weight, norm.bias):
+        position = None if node is None else getattr(node.meta.get("desc"), "idx", None)
+        parameters.append(None if position is None or position >= len(inputs) else inputs[position])
+    return *parameters, norm.channels, norm.window, norm.top, norm.repeat

@@ -18,6 +18,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "importance": ("norm", "range", "uniform"),
     "grad": ("fqt", "exact", "psq"),
     "activation": ("auto", "sign", "threshold"),
+    "threshold": ("auto", "sample", "batch"),
+    "cut": ("batch_norm", "layer", "output"),
+    "batch_norm": ("project", "drop"),
+    "zero_point": ("grid", "free"),
     "weight_scale": ("xnor", "none"),
     "float_dtype": ("float32", "bfloat16"),
     "lowering": ("native", "eager", "triton"),
@@ -26,7 +30,14 @@ SKIP_GROUPS = ("first", "last", "downsample", "slow")
 DEFAULT_SKIP = ("first", "last", "downsample")
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"scope": "layer", "prune": "bernoulli", "importance": "range", "prune_weight": "channel"},
+    "paper": {
+        "scope": "layer",
+        "prune": "bernoulli",
+        "importance": "range",
+        "prune_weight": "channel",
+        "zero_point": "free",
+    },
+    "v1": {"threshold": "batch", "cut": "layer", "batch_norm": "drop", "zero_point": "free"},
 }
 MAX_BITS = 8
 
@@ -49,6 +60,15 @@ class FQTConfig:
     importance: of a row: L2 ``"norm"``, ``"range"`` (max - min, the paper) or ``"uniform"`` (control).
     grad: ``"fqt"``; ``"exact"`` (QAT: packed forward, float gradients); ``"psq"`` (one-bit per row).
     activation: ``"auto"`` picks ``threshold`` where the input is provably non-negative, else ``sign``.
+    threshold: of the code ``threshold``: ``"auto"`` takes that of each channel from the BatchNorm before the layer,
+        and else the mean of each sample; ``"sample"`` always the latter. No prediction depends on its neighbours.
+        ``"batch"`` takes the mean of the batch (version 0.1: predictions depend on the batch).
+    cut: with ``scope="step"``, where rows are chosen: ``"batch_norm"`` above the BatchNorm that the gradient of the
+        packed layers comes from, ``"layer"`` directly above the packed layers, ``"output"`` at the model's outputs.
+    batch_norm: the backward of BatchNorm on kept rows: ``"project"`` (orthogonal to 1 and to its input, as the exact
+        gradient is), or ``"drop"`` (the share of the dropped rows is lost: biased; version 0.1).
+    zero_point: ``"grid"``: an exact zero is a code, and sums over a channel are exact; ``"free"``: the least value (the
+        paper).
     weight_scale: ``"xnor"`` (mean |W| per output channel) or ``"none"`` (1).
     skip: layers left in float: the groups ``first``, ``last``, ``downsample`` and ``slow`` (where the packed layer
         would be slower on this machine, by a model calibrated once: `kernels.cost`), and module paths or shell
@@ -79,6 +99,10 @@ class FQTConfig:
     importance: str = "norm"
     grad: str = "fqt"
     activation: str = "auto"
+    threshold: str = "auto"
+    cut: str = "batch_norm"
+    batch_norm: str = "project"
+    zero_point: str = "grid"
     weight_scale: str = "xnor"
     skip: tuple[str, ...] = DEFAULT_SKIP
     min_channels: int = 32

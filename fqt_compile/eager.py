@@ -8,6 +8,7 @@ they come from one capture of the model at the first call.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .capture import SiteReport, capture
 from .config import FQTConfig
-from .eager_layers import FloatLayer, Geometry, LayerCall, PackedLayer, Step
+from .eager_layers import BatchNormLayer, FloatLayer, Geometry, LayerCall, PackedLayer, Step
 from .errors import CaptureError, ConfigError
 
 CONVOLUTIONS: dict[Any, tuple[int, bool]] = {
@@ -29,6 +30,17 @@ CONVOLUTIONS: dict[Any, tuple[int, bool]] = {
     torch.conv_transpose1d: (1, True),
     torch.conv_transpose2d: (2, True),
     torch.conv_transpose3d: (3, True),
+}
+_BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_BATCH_NORM = {
+    F.batch_norm: inspect.signature(F.batch_norm),
+    torch.batch_norm: inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+        ]
+        + [inspect.Parameter("cudnn_enabled", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False)]
+    ),
 }
 PRODUCTS = frozenset({torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__})
 
@@ -55,7 +67,7 @@ def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None)
     cls = type(model)
     copied.__class__ = type(f"EagerFQT{cls.__name__}", (cls,), {"forward": _eager_forward, "__module__": __name__})
     copied._fqt_config = settings
-    copied._fqt_plan = None
+    copied._fqt_plan = copied._fqt_seed = copied._fqt_recorder = None
     return copied
 
 
@@ -64,13 +76,12 @@ def _eager_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if self._fqt_plan is None:
         graphs = capture(original, args, kwargs, self._fqt_config)
         self._fqt_plan = [site for graph in graphs for site in graph.sites]
-    step = Step(self._fqt_config)
+    step = Step(self._fqt_config, self._fqt_seed, self._fqt_recorder)
     mode = _LayerMode(self._fqt_plan, step)
     with mode:
         output = original(*args, **kwargs)
     mode.require_complete()
-    step.place_cut(output)
-    return output
+    return step.place_cut(output)
 
 
 class _LayerMode(TorchFunctionMode):
@@ -94,6 +105,8 @@ class _LayerMode(TorchFunctionMode):
                 return self._run(_linear(x, weight.t(), bias), func, args, kwargs)
         if func in PRODUCTS and len(args) == 2 and _is_parameter(args[1]):
             return self._run(_linear(args[0], args[1].t()), func, args, kwargs)
+        if func in (F.batch_norm, torch.batch_norm):
+            return self._batch_norm(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             # Its body asks for overrides before it does anything; only its own linear layers are of interest.
             with mock.patch.object(F, "has_torch_function", return_value=False), self:
@@ -110,6 +123,17 @@ class _LayerMode(TorchFunctionMode):
         output = layer.apply(x, call.weight, call.bias, call.geometry, site, self.next - 1, self.step)
         self.step.record(output, site)
         return output.unflatten(0, shape[:-1]) if call.geometry.kind == "linear" else output
+
+    def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By `BatchNormLayer` where this batch's statistics are used and kept rows may come back."""
+        bound = _BATCH_NORM[func].bind(*args, **kwargs)
+        bound.apply_defaults()
+        x, mean, var, weight, bias, training, momentum, eps = (bound.arguments[name] for name in _BATCH_NORM_ARGUMENTS)
+        if not training or not self.step.prunes_once or x.dim() < 2:
+            return func(*args, **kwargs)
+        output = BatchNormLayer.apply(x, weight, bias, (mean, var), momentum, eps, self.step)
+        self.step.record_batch_norm(output)
+        return output
 
     def _site(self, call: LayerCall) -> SiteReport:
         if self.next >= len(self.plan):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .capture import SiteReport
 from .config import FQTConfig
@@ -47,13 +48,22 @@ class LayerCall:
 class Step:
     """What the layers of one forward share: the seed, and the rows chosen once per step."""
 
-    def __init__(self, config: FQTConfig) -> None:
+    def __init__(
+        self,
+        config: FQTConfig,
+        seed: int | None = None,
+        recorder: Callable[[str, str, Tensor], None] | None = None,
+    ) -> None:
+        """seed: instead of one that is drawn. recorder: told site, role and value of every packed layer's gradients."""
         self.config = config
         self.prunes_once = config.prunes and config.scope == "step"
+        self.grid = config.zero_point == "grid"
         self.rows: Tensor | None = None
         self.below: set[Node] = set()
-        self._seed: int | None = None
+        self.recorder = recorder
+        self._seed = seed
         self._layers: list[tuple[Node, SiteReport, int]] = []
+        self._norms: set[Node] = set()
 
     def seed(self) -> int:
         """The step's seed, drawn from torch's default generator the first time it is wanted."""
@@ -68,45 +78,152 @@ class Step:
         if output.grad_fn is not None:
             self._layers.append((output.grad_fn, site, output.shape[0]))
 
+    def record_batch_norm(self, output: Tensor) -> None:
+        if output.grad_fn is not None:
+            self._norms.add(output.grad_fn)
+
+    def kept_rows(self, ctx: Any) -> Tensor | None:
+        """The rows chosen once per step, if the gradient of the autograd node ``ctx`` has these only."""
+        return self.rows if self.rows is not None and ctx in self.below else None
+
     def select(self, importance: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         config = self.config
         prune = config.prune if config.prunes else "none"
         return selection.select(importance, self.keys(stream), prune, config.kept_fraction)
 
-    def place_cut(self, output: Any) -> None:
-        """Find the autograd node that every packed gradient crosses and prune what enters it (passes/rows.py)."""
-        packed = [(node, site, rows) for node, site, rows in self._layers if site.decision == "packed"]
-        roots = [t.grad_fn for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn]
-        if not self.prunes_once or not packed or not roots or any(site.rows_are_tokens for _, site, _ in packed):
-            return
-        dominators = _autograd_dominators(roots)
-        cut = dominators.common([node for node, _, _ in packed if node in dominators.depth])
-        while cut is not None and len(cut._input_metadata) != 1:
-            cut = dominators.immediate[cut]
-        if cut is None:
-            return
-        shape = cut._input_metadata[0].shape
-        if len(shape) < 2 or any(rows != shape[0] for _, _, rows in packed):
-            return
-        self.below = {
-            node
-            for node, site, rows in self._layers
-            if dominators.dominates(cut, node) and rows == shape[0] and not site.rows_are_tokens
-        }
-        cut.register_prehook(self._prune)
+    def place_cut(self, output: Any) -> Any:
+        """Find where rows are chosen (passes/rows.py has the rule) and prune what enters there; the output to return.
 
-    def _prune(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (g,) = grads
-        importance = reference.importance(reference.nhwc_rows(reference.as_float32(g)), self.config.importance)
+        An autograd node stands for the gradient of its output, which is what enters its backward.
+        """
+        packed = [(node, site, rows) for node, site, rows in self._layers if site.decision == "packed"]
+        samples = {rows for _, _, rows in packed}
+        if not self.prunes_once or len(samples) != 1 or any(site.rows_are_tokens for _, site, _ in packed):
+            return output
+        tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
+        roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
+        flow = AutogradFlow(roots, self._norms, samples.pop())
+        nodes = [node for node, _, _ in packed if node in flow.sources]
+        if not nodes:
+            return output
+        cut = None if self.config.cut == "output" else flow.common(nodes)
+        if cut is None:
+            return self._cut_outputs(output, tensors, flow, nodes)
+        cut = flow.above_batch_norm(cut) if self.config.cut == "batch_norm" else cut
+        cut = flow.where_it_enters(cut)
+        if flow.has_sample_rows(cut):
+            self.below = flow.reached_only_through([cut])
+            cut.register_prehook(lambda grads: tuple(self._prune(grads)))
+        return output
+
+    def _cut_outputs(self, output: Any, tensors: list[Tensor], flow: AutogradFlow, nodes: list[Node]) -> Any:
+        """Rows are chosen by the gradients of all outputs that reach a packed layer, together."""
+        above = flow.above(nodes)
+        cut = [t for t in tensors if t.grad_fn in above]
+        if not all(t.dim() >= 2 and t.shape[0] == flow.samples for t in cut):
+            return output
+        self.below = flow.reached_only_through([t.grad_fn for t in cut])
+        pruned = dict(zip(map(id, cut), PrunedOutputs.apply(self, *cut), strict=True))
+        return tree_map(lambda t: pruned.get(id(t), t), output)
+
+    def _prune(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        rows = [g if len(grads) == 1 else reference.as_float32(g.reshape(g.shape[0], -1)) for g in grads]
+        gradient = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        importance = reference.importance(reference.nhwc_rows(reference.as_float32(gradient)), self.config.importance)
         self.rows, scale = self.select(importance, noise.STEP_STREAM)
         valid = self.rows[self.rows >= 0].long()
-        pruned = torch.zeros_like(g)
-        pruned[valid] = reference.kept_gradient(g, self.rows, scale).to(g.dtype)
-        return (pruned,)
+        pruned = [torch.zeros_like(g) for g in grads]
+        for p, g in zip(pruned, grads, strict=True):
+            p[valid] = reference.kept_gradient(g, self.rows, scale).to(g.dtype)
+        return pruned
 
 
-def _autograd_dominators(roots: list[Node]) -> Dominators[Node]:
-    """Dominators of the autograd graph below the outputs."""
+class PrunedOutputs(torch.autograd.Function):
+    """The outputs of a model as they are; their gradients with the rows kept once per step only."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.step = step
+        return tuple(t.view_as(t) for t in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *ctx.step._prune(grads)
+
+
+class AutogradFlow:
+    """The autograd nodes below the outputs, from these on, each with the nodes whose backward comes before it."""
+
+    def __init__(self, roots: Sequence[Node], norms: set[Node], samples: int) -> None:
+        self.roots, self.norms, self.samples = list(dict.fromkeys(roots)), norms, samples
+        order = _topological(self.roots)
+        self.sources: dict[Node, list[Node]] = {node: [] for node in order}
+        for node in order:
+            for following, _ in node.next_functions:
+                if following is not None:
+                    self.sources[following].append(node)
+        self.dominators = Dominators(order, self.sources, self.roots)
+
+    def has_sample_rows(self, node: Node) -> bool:
+        metadata = node._input_metadata
+        return len(metadata) == 1 and len(metadata[0].shape) >= 2 and metadata[0].shape[0] == self.samples
+
+    def common(self, nodes: list[Node]) -> Node | None:
+        """The nearest node with one gradient through which every path to ``nodes`` goes."""
+        cut = self.dominators.common(nodes)
+        while cut is not None and len(cut._input_metadata) != 1:
+            cut = self.dominators.immediate[cut]
+        return cut
+
+    def above_batch_norm(self, cut: Node) -> Node:
+        """The nearest node above from which every path to ``cut`` goes through BatchNorm; ``cut`` if there is none."""
+        directly = self.above([cut], stop=self.norms)
+        if not directly.isdisjoint(self.roots):
+            return cut
+        above = self.dominators.immediate[cut]
+        while above is not None and (above in directly or not self.has_sample_rows(above)):
+            above = self.dominators.immediate[above]
+        return above or cut
+
+    def where_it_enters(self, cut: Node) -> Node:
+        """The node above that hands the gradient of ``cut`` on unchanged, to others as well (a residual sum).
+
+        A graph has one value there, which is pruned for all of its readers.
+        """
+        while len(self.sources[cut]) == 1:
+            (above,) = self.sources[cut]
+            place = [following for following, _ in above.next_functions].index(cut)
+            unchanged = above.name() == "CloneBackward0" or (
+                above.name() == "AddBackward0" and (place == 0 or above._saved_alpha == 1)  # type: ignore[attr-defined]
+            )
+            mine, its = (node._input_metadata for node in (cut, above))
+            if not unchanged or len(its) != 1 or (mine[0].shape, mine[0].dtype) != (its[0].shape, its[0].dtype):
+                break
+            cut = above
+        return cut
+
+    def above(self, nodes: Sequence[Node], stop: Collection[Node] = ()) -> set[Node]:
+        """``nodes`` and all whose backward leads to them, without those in ``stop`` and beyond."""
+        found: set[Node] = set()
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node not in found and node not in stop:
+                found.add(node)
+                pending.extend(self.sources[node])
+        return found
+
+    def reached_only_through(self, cuts: Sequence[Any]) -> set[Node]:
+        """Nodes to which every path from an output goes through one of ``cuts``, these included."""
+        around: set[Node] = set()
+        for node, sources in self.sources.items():
+            if node not in cuts and (node in self.roots or any(n in around for n in sources)):
+                around.add(node)
+        return set(self.sources) - around
+
+
+def _topological(roots: list[Node]) -> list[Node]:
+    """Every node before those that its backward leads to."""
     order: list[Node] = []
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(root, False) for root in roots]
@@ -119,12 +236,7 @@ def _autograd_dominators(roots: list[Node]) -> Dominators[Node]:
             stack.append((node, True))
             stack.extend((n, False) for n, _ in node.next_functions if n is not None)
     order.reverse()
-    predecessors: dict[Node, list[Node]] = {node: [] for node in order}
-    for node in order:
-        for following, _ in node.next_functions:
-            if following is not None:
-                predecessors[following].append(node)
-    return Dominators(order, predecessors, roots)
+    return order
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -150,7 +262,7 @@ def require_finite(config: FQTConfig, x: Tensor, where: str) -> None:
 
 
 class PackedLayer(torch.autograd.Function):
-    """A binarized layer with quantized gradients, on values (NUMERICS 1 to 5)."""
+    """A binarized layer with quantized gradients, on values (math.md 1 to 6)."""
 
     @staticmethod
     def forward(
@@ -169,7 +281,7 @@ class PackedLayer(torch.autograd.Function):
             step.seed()
         code = site.activation
         assert code is not None
-        threshold = reference.activation_threshold(x) if code == "threshold" else None
+        threshold = activation_threshold(x, site)
         values = reference.code_values(reference.activation_bits(x, threshold), code)
         mask = reference.activation_mask(x, threshold)
         sign = reference.code_values(reference.weight_bits(weight), "sign")
@@ -188,12 +300,15 @@ class PackedLayer(torch.autograd.Function):
         weight, values, mask, sign, alpha = ctx.saved_tensors
         values, sign = values.to(torch.float32), sign.to(torch.float32)
         backward = _LayerBackward(geometry, index, step, weight, values, mask, sign, alpha)
-        step_rows = step.rows if step.rows is not None and _is_below(step, ctx) else None
+        step_rows = step.kept_rows(ctx)
         wanted = ctx.needs_input_grad
         if config.grad == "exact":
             grad_input, grad_weight = backward.exact(g.to(torch.float32), wanted)
         else:
             grad_input, grad_weight = backward.quantized(g, step_rows, wanted)
+        for role, grad in (("grad_input", grad_input), ("grad_weight", grad_weight)):
+            if step.recorder is not None and grad is not None:
+                step.recorder(site.name, role, grad)
         grad_bias = None
         if ctx.dtypes[2] is not None and wanted[2]:
             kept = nhwc(g if step_rows is None else _gather(g, step_rows))
@@ -201,13 +316,18 @@ class PackedLayer(torch.autograd.Function):
         return *_cast((grad_input, grad_weight, grad_bias), ctx.dtypes), None, None, None, None
 
 
+def activation_threshold(x: Tensor, site: SiteReport) -> Tensor | None:
+    """The threshold of the site's code, None for ``sign``."""
+    if site.threshold is None:
+        return None
+    if site.batch_norm is not None:
+        return reference.batch_norm_threshold(*site.batch_norm)
+    return reference.activation_threshold(x, site.threshold)
+
+
 def _cast(grads: Sequence[Tensor | None], dtypes: Sequence[Any]) -> list[Tensor | None]:
     """Each gradient in the dtype of what it is the gradient of."""
     return [None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-
-
-def _is_below(step: Step, ctx: Any) -> bool:
-    return ctx in step.below
 
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -264,7 +384,8 @@ class _LayerBackward:
 
     def _grad_input(self, g: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
         geometry, bits = self.geometry, self.step.config.gradient_bits
-        codes, s, z = reference.quantize_rows(g, self.alpha, rows, scale, self.keys(Role.QUANTIZE_ROWS), bits)
+        keys, grid = self.keys(Role.QUANTIZE_ROWS), self.step.grid
+        codes, s, z = reference.quantize_rows(g, self.alpha, rows, scale, keys, bits, grid=grid)
         size = self.values.shape[2:]
         acc, weight_sum = reference.grad_input_product(codes, self.sign, size, geometry.stride, geometry.padding)
         return reference.dequantize_grad_input(acc, weight_sum, s, z, rows, self.mask)
@@ -280,7 +401,8 @@ class _LayerBackward:
             stream = noise.stream_of(self.index, Role.SELECT_CHANNELS)
             channels, channel_scale = self.step.select(importance, stream)
         keys = self.keys(Role.QUANTIZE_CHANNELS)
-        codes, s, z = reference.quantize_channels(g, rows, scale, channels, channel_scale, keys, config.bits)
+        groups = (channels, channel_scale, keys, config.bits)
+        codes, s, z = reference.quantize_channels(g, rows, scale, *groups, grid=self.step.grid)
         count = int((rows >= 0).sum())
         x = self.values[rows[:count].long()]
         kernel = self.weight.shape[2:]
@@ -289,7 +411,8 @@ class _LayerBackward:
 
     def _psq_grad_hat(self, g: Tensor, rows: Tensor) -> Tensor:
         """One bit per row of g for the weight too: a float product, since its scale is inside the contraction."""
-        codes, s, z = reference.quantize_rows(g, None, rows, None, self.keys(Role.QUANTIZE_CHANNELS), 1)
+        keys = self.keys(Role.QUANTIZE_CHANNELS)
+        codes, s, z = reference.quantize_rows(g, None, rows, None, keys, 1, grid=self.step.grid)
         dequantized = reference.per_row(s, codes) * codes.to(torch.float32) + reference.per_row(z, codes)
         grad_hat = self._float_products(nhwc(dequantized), False, True)[1]
         assert grad_hat is not None
@@ -317,8 +440,45 @@ def float_gradients(
         return output
 
 
+class BatchNormLayer(torch.autograd.Function):
+    """BatchNorm in training mode; its backward on rows kept once per step is a projection (math.md 8)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        momentum: float,
+        eps: float,
+        step: Step,
+    ) -> Tensor:
+        output, mean, invstd = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.layer = eps, step, None if bias is None else bias.dtype
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, mean, invstd = ctx.saved_tensors
+        eps, step, bias_dtype = ctx.layer
+        rows = step.kept_rows(ctx) if step.config.batch_norm == "project" else None
+        dtypes = x.dtype, None if weight is None else weight.dtype, bias_dtype
+        if rows is None:
+            wanted = [True, weight is not None, bias_dtype is not None]
+            grads = aten.native_batch_norm_backward(g, x, weight, None, None, mean, invstd, True, eps, wanted)
+        else:
+            used = None if bool((rows >= 0).all()) else rows >= 0
+            kept = (_gather(g, rows), _gather(x, rows))
+            grad, *parameters = reference.batch_norm_gradient(*kept, weight, mean, invstd, eps, used)
+            grads = (_scatter(grad, rows, x.shape[0]), *parameters)
+        present = [grad if dtype is not None else None for grad, dtype in zip(grads, dtypes, strict=True)]
+        return *_cast(present, dtypes), None, None, None, None
+
+
 class FloatLayer(torch.autograd.Function):
-    """A layer left in float whose gradients run on the rows kept once per step (NUMERICS 3)."""
+    """A layer left in float whose gradients run on the rows kept once per step (math.md 4)."""
 
     @staticmethod
     def forward(
@@ -347,7 +507,7 @@ class FloatLayer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         geometry, step = ctx.layer
         x, weight = ctx.saved_tensors
-        rows = step.rows if step.rows is not None and _is_below(step, ctx) else None
+        rows = step.kept_rows(ctx)
         size = x.shape[0]
         if rows is not None:
             g, x = nhwc(_gather(g, rows)), nhwc(_gather(x, rows))

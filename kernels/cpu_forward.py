@@ -40,7 +40,7 @@ def pack_activation(x: Tensor, threshold: Tensor | None, after: Tensor | None = 
 
 
 def threshold_groups(threshold: Tensor | None, x: Tensor) -> tuple[bool, int]:
-    """Is a threshold one of every channel ``[1, C]``, and else how many groups of samples it has (``[]`` or ``[N, 1]``)?
+    """Is a threshold one of every channel ``[1, C]``? Else, of how many groups of samples (``[]`` or ``[N, 1]``)?
 
     Raises `UnsupportedInputError` for another shape. ``[1, 1]`` means the same either way.
     """

@@ -77,7 +77,7 @@ def warn_unless_finite(x: Tensor) -> None:
 
 
 def activation_threshold(x: Tensor, rule: str) -> Tensor:
-    """``t`` = mean of a group of elements: of every row, float32 ``[N, 1]`` (``sample``), or of all, ``[]`` (``batch``).
+    """``t`` = mean of a group: of every row, float32 ``[N, 1]`` (``sample``), or of all, ``[]`` (``batch``).
 
     Blocks of 4096 elements of a group (NHWC order) are lane-summed in float32, the block sums are added one after the
     other in float64, divided by the number of elements and rounded to float32; 0 for an empty group.
@@ -130,7 +130,7 @@ def _normal_relu(mean: Tensor, width: Tensor) -> Tensor:
 
 
 def threshold_of(threshold: Tensor, x: Tensor) -> Tensor:
-    """A threshold ``[]``, ``[N, 1]`` (of rows) or ``[1, C]`` (of channels), shaped to broadcast over x ``[N, C, *S]``."""
+    """A threshold ``[]``, ``[N, 1]`` (of rows) or ``[1, C]`` (of channels) that broadcasts over x ``[N, C, *S]``."""
     return threshold.view(*threshold.shape, *[1] * (x.dim() - 2)) if threshold.dim() else threshold
 
 
@@ -252,24 +252,25 @@ def batch_norm_gradient(
     """
     axes = [0, *range(2, g.dim())]
     g, x = as_float32(g), as_float32(x)
-    keep = None if used is None else per_row(used.to(torch.float32), x)
-    if keep is None:
+    if used is None:
         v, m = torch.var_mean(x, axes, correction=0, keepdim=True)
-        centered, count = x - m, float(math.prod(x.shape[axis] for axis in axes))
-        g_mean, moment = g.sum(axes), (g * centered).sum(axes)
+        centered, size = x - m, float(math.prod(x.shape[axis] for axis in axes))
+        total, moment = g.sum(axes), (g * centered).sum(axes)
+        mean_g, mean_moment = total / size, moment / size
     else:
+        keep = per_row(used.to(torch.float32), x)
         count = (keep.sum() * float(math.prod(x.shape[2:]))).clamp(min=1)
         m = (x * keep).sum(axes, keepdim=True) / count
         centered, g = (x - m) * keep, g * keep
         v = (centered * centered).sum(axes, keepdim=True) / count
-        g_mean, moment = g.sum(axes), (g * centered).sum(axes)
-    slope = per_channel(moment / count, x) / (v + eps)
+        total, moment = g.sum(axes), (g * centered).sum(axes)
+        mean_g, mean_moment = total / count, moment / count
+    slope = per_channel(mean_moment, x) / (v + eps)
     scale = invstd if weight is None else invstd * weight.to(torch.float32)
-    grad = ((g - centered * slope) - per_channel(g_mean / count, x)) * per_channel(scale, x)
-    if keep is not None:
+    grad = ((g - centered * slope) - per_channel(mean_g, x)) * per_channel(scale, x)
+    if used is not None:
         grad = grad * keep
-    grad_weight = (moment + (m.flatten() - mean) * g_mean) * invstd
-    return grad, grad_weight, g_mean
+    return grad, (moment + (m.flatten() - mean) * total) * invstd, total
 
 
 def max_pool_gradient(
@@ -401,7 +402,7 @@ def make_groups(low: Tensor, high: Tensor, bits: int, grid: bool) -> Groups:
     grid: zero lies on the grid, since gradients are full of exact zeros. With lo = min(low, 0), hi = max(high, 0):
     level = floor(-lo / (hi - lo) B + 1/2), in 1..B-1 if lo < 0 < hi (else clamping would be biased), and
     scale = max(-lo / level, hi / (B - level)), where a level of 0 or B leaves one of the two.
-    One bit cannot have both signs and zero: it has, as without ``grid``, center = low, scale = (high - low) / B, level 0.
+    One bit cannot have both signs and zero: as without ``grid``, center = low, scale = (high - low) / B, level = 0.
     inverse = 1 / scale. A scale below 2**-126 (whose inverse would overflow) counts as 0, with inverse and level 0.
     A group whose range is not finite has scale NaN, codes 0: nothing non-finite vanishes.
     """

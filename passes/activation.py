@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..config import FQTConfig
+from . import batch_norm, threshold
 from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, prims, value
+from .sites import Site
 
 Proof = Callable[["NonNegativity", fx.Node], bool]
 
@@ -131,6 +134,24 @@ RULES: dict[Any, Proof] = {
 }
 
 
+def choose(site: Site, config: FQTConfig, proven: NonNegativity) -> None:
+    """Set the activation code of a packed site, where its threshold comes from, and why."""
+    site.activation, site.activation_reason = choose_code(site.x, config.activation, proven)
+    if site.activation == "threshold":
+        site.batch_norm = threshold.from_batch_norm(site.x) if config.threshold == "auto" else None
+        site.threshold = (
+            "channel" if site.batch_norm is not None else "batch" if config.threshold == "batch" else "sample"
+        )
+        site.activation_reason += f"; {THRESHOLDS[site.threshold]}"
+
+
+THRESHOLDS = {
+    "channel": "threshold of each channel from the BatchNorm before",
+    "sample": "threshold: mean of each sample",
+    "batch": "threshold: mean of the batch (threshold='batch')",
+}
+
+
 def choose_code(x: fx.Node, setting: str, proven: NonNegativity) -> tuple[str, str]:
     """The activation code of a site with input ``x``, and why."""
     if setting != "auto":
@@ -143,5 +164,7 @@ def choose_code(x: fx.Node, setting: str, proven: NonNegativity) -> tuple[str, s
 def _origin(x: fx.Node) -> str:
     """The operator an input comes from, looking through views and casts."""
     while x.op == "call_function" and (x.target in FIRST_ARGUMENT or x.target is operator.getitem):
+        if batch_norm.output_of(x) is not None:
+            return "batch_norm"
         x = arguments(x)[0]
     return "graph input" if x.op == "placeholder" else str(x.target).replace("aten.", "").split(".")[0]

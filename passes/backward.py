@@ -38,6 +38,11 @@ class Backward:
     step_rows: fx.Node | None = None
     """Rows chosen once per step, or None: every site chooses."""
 
+    @property
+    def zero_point(self) -> dict[str, bool]:
+        """How the quantizers place zero."""
+        return {} if self.config.zero_point == "grid" else {"grid": False}
+
     def select(self, at: Insertion, importance: fx.Node, stream: int) -> tuple[fx.Node, fx.Node]:
         keep = self.config.kept_fraction
         prune = self.config.prune if self.config.prunes else "none"
@@ -61,11 +66,11 @@ def rewrite_backward(
     """Replace grad_input, grad_weight and grad_bias of every packed, trained site; the rows chosen once per step."""
     emitter = Emitter(graph, "backward")
     shared = Backward(config, seed)
-    if choice.cut is not None:
-        shared.step_rows, pruned = _prune_at_cut(emitter, choice.cut, shared)
+    if choice.cuts:
+        shared.step_rows, pruned = _prune_at_cuts(emitter, choice.cuts, shared)
         for site in sites:
-            if site.grad_output is choice.cut:
-                site.grad_output = pruned
+            if site.grad_output in pruned:
+                site.grad_output = pruned[site.grad_output]
     for site in sites:
         if not site.trained or site.backward is None:
             continue
@@ -81,22 +86,36 @@ def rewrite_backward(
     return shared.step_rows
 
 
-def _prune_at_cut(emitter: Emitter, cut: fx.Node, shared: Backward) -> tuple[fx.Node, fx.Node]:
-    """Choose the step's rows at the cut and scale them by 1/p; below, rows not kept are zero."""
+def _prune_at_cuts(
+    emitter: Emitter, cuts: Sequence[fx.Node], shared: Backward
+) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+    """Choose the step's rows at the cuts and scale them by 1/p; below, rows not kept are zero."""
     # Before the first use, not after the cut: a cut that is a graph input stands above the seed.
-    at = emitter.at(next(node for node in emitter.graph.nodes if cut in node.all_input_nodes), "step")
-    importance = at.call("importance", fqt.row_importance.default, cut, shared.config.importance)
+    readers = {user for cut in cuts for user in cut.users}
+    at = emitter.at(next(n for n in emitter.graph.nodes if n in readers), "step")
+    gradient = cuts[0]
+    if len(cuts) > 1:  # one row: the gradients of all outputs for one sample, side by side
+        samples = at.size(gradient, 0)
+        gradient = at.call("importance", aten.cat.default, [_as_rows(at, cut, samples) for cut in cuts], 1)
+    importance = at.call("importance", fqt.row_importance.default, gradient, shared.config.importance)
     rows, scale = shared.select(at, importance, STEP_STREAM)
-    pruned = at.call("prune", fqt.prune_rows.default, cut, rows, scale)
-    cut.replace_all_uses_with(pruned, delete_user_cb=lambda user: user not in (importance, pruned))
+    pruned: dict[fx.Node, fx.Node] = {}
+    for cut in cuts:
+        pruned[cut] = at.call("prune", fqt.prune_rows.default, cut, rows, scale)
+        cut.replace_all_uses_with(pruned[cut], delete_user_cb=readers.__contains__)
     return rows, pruned
+
+
+def _as_rows(at: Insertion, gradient: fx.Node, samples: int | fx.Node) -> fx.Node:
+    """float32 ``[N, n]``."""
+    rows: fx.Node = at.call("importance", aten.reshape.default, gradient, [samples, -1])
+    return at.cast("importance", rows, torch.float32)
 
 
 def _has_sample_rows(site: Site, choice: RowChoice) -> bool:
     """A float site below the cut runs on the kept rows only if its rows are the cut's samples."""
-    assert choice.cut is not None
     assert site.grad_output is not None
-    same = value(site.grad_output).shape[0] == value(choice.cut).shape[0]
+    same = value(site.grad_output).shape[0] == value(choice.cuts[0]).shape[0]
     return bool(same) and not site.rows_are_tokens and site.refusal is None
 
 
@@ -139,9 +158,8 @@ def _grad_input(
 ) -> fx.Node:
     stream = stream_of(site.index, Role.QUANTIZE_ROWS)
     bits = shared.config.gradient_bits
-    planes, s, z = at.call(
-        "quantize_rows", fqt.quantize_rows.default, g, forward.weight_scale, rows, scale, shared.seed, stream, bits
-    )
+    quantize = (g, forward.weight_scale, rows, scale, shared.seed, stream, bits)
+    planes, s, z = at.call("quantize_rows", fqt.quantize_rows.default, *quantize, **shared.zero_point)
     channels = (site.in_channels, site.out_channels)
     w_bits_t = at.call("transpose_weight", fqt.transpose_weight.default, forward.w_bits, *channels)
     size = [at.size(forward.x_bits, 1 + axis) for axis in range(len(site.stride))]
@@ -169,7 +187,7 @@ def _grad_weight(
         kept, kept_scale = shared.select(at, importance, stream_of(site.index, Role.SELECT_CHANNELS))
     stream = stream_of(site.index, Role.QUANTIZE_CHANNELS)
     quantize = (g, rows, scale, kept, kept_scale, shared.seed, stream, config.gradient_bits)
-    lanes, s, z = at.call("quantize_channels", fqt.quantize_channels.default, *quantize)
+    lanes, s, z = at.call("quantize_channels", fqt.quantize_channels.default, *quantize, **shared.zero_point)
     width = site.out_channels if kept is None else value(kept).shape[0]
     size = [at.size(g, 2 + axis) for axis in range(len(site.stride))]
     geometry = (size, list(site.kernel), list(site.stride), list(site.padding))
@@ -266,7 +284,8 @@ def _psq_grad_weight(
 ) -> fx.Node:
     """One bit per row of g; the row scale is inside the contraction, so the product is a float one."""
     stream = stream_of(site.index, Role.QUANTIZE_CHANNELS)
-    planes, s, z = at.call("quantize_rows", fqt.quantize_rows.default, g, None, rows, None, shared.seed, stream, 1)
+    quantize = (g, None, rows, None, shared.seed, stream, 1)
+    planes, s, z = at.call("quantize_rows", fqt.quantize_rows.default, *quantize, **shared.zero_point)
     size = at.size(forward.x_bits, 0)
     args = (planes, s, z, rows, site.out_channels, size)
     dequantized = at.call("dequantize_rows", fqt.dequantize_rows.default, *args)

@@ -1,7 +1,7 @@
 """Forward rewrite: output = dequantize(packed product(quantize x, quantize W)).
 
-threshold     = mean(x)                                  (threshold code only)
-x_bits, mask  = pack_activation(x, threshold)            NUMERICS 1
+threshold     = of each channel from BatchNorm's parameters, or mean of each sample (threshold code only)
+x_bits, mask  = pack_activation(x, threshold)            docs/math.md 1
 w_bits, alpha = quantize_weight(W)
 acc           = output_product(x_bits, w_bits)           exact int32
 output        = alpha * float(acc) + bias                ATen: Inductor fuses it with what follows
@@ -16,8 +16,10 @@ import torch
 from torch import fx
 
 from ..config import FQTConfig
+from ..kernels import reference
 from .graph import Emitter, Insertion, aten, is_training, mark, replace, value
 from .sites import Site
+from .threshold import BatchNormThreshold
 
 fqt = torch.ops.fqt
 
@@ -45,19 +47,33 @@ def rewrite_forward(
         first = emitter.at(packed[0].output, "step")
         seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)
     nodes: dict[int, PackedForward] = {}
+    known: dict[BatchNormThreshold, fx.Node] = {}
     for site in packed:
+        if site.batch_norm is not None and site.batch_norm not in known:
+            known[site.batch_norm] = _channel_threshold(emitter, site.batch_norm, site.name)
+        limits = None if site.batch_norm is None else known[site.batch_norm]
         # The seed rides along with one forward operation, or the partitioner would draw it in the backward.
-        nodes[site.index] = _pack_site(emitter.at(site.output, site.name), site, config, None if nodes else seed)
+        at = emitter.at(site.output, site.name)
+        nodes[site.index] = _pack_site(at, site, config, limits, None if nodes else seed)
     return nodes, seed
 
 
-def _pack_site(at: Insertion, site: Site, config: FQTConfig, seed: fx.Node | None) -> PackedForward:
+def _channel_threshold(emitter: Emitter, norm: BatchNormThreshold, name: str) -> fx.Node:
+    """``[1, C]`` at the top of the graph: it depends on parameters only, and whatever packs may move up."""
+    first = next(node for node in emitter.graph.nodes if node.op != "placeholder")
+    args = (norm.weight, norm.bias, norm.channels, norm.window, norm.top, norm.repeat)
+    made: fx.Node = emitter.at(first, name).inline("threshold", reference.batch_norm_threshold, *args)
+    return made
+
+
+def _pack_site(
+    at: Insertion, site: Site, config: FQTConfig, threshold: fx.Node | None, seed: fx.Node | None
+) -> PackedForward:
     x = site.x
     if config.check_finite:
         x = at.call("check", fqt.check_finite.default, x, f"{site.name} (input)")
-    threshold = None
-    if site.activation == "threshold":
-        threshold = at.call("threshold", fqt.activation_threshold.default, x)
+    if site.activation == "threshold" and threshold is None:
+        threshold = at.call("threshold", fqt.activation_threshold.default, x, site.threshold)
     x_bits, mask = at.call("quantize_input", fqt.pack_activation.default, x, threshold, *([seed] if seed else []))
     weight = site.weight
     if site.weight_is_transposed:

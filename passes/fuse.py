@@ -167,6 +167,8 @@ def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
 def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationRegion, site: str) -> fx.Node:
     """``pack``: the packing of x, or of its negative mask alone."""
     threshold, *after = arguments(pack)[1:] or (None,)
+    mean = is_call(threshold, fqt.activation_threshold.default)
+    rule = {"threshold": None if mean else threshold, "rule": arguments(threshold)[1] if mean else "sample"}
     readers = _readers(x, region.live)
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     anchor = min((*readers.masks, *readers.others, pack), key=order.__getitem__)
@@ -176,7 +178,7 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     code = "sign" if threshold is None else "threshold"
     operands = region.arguments(at)
     keep = (bool(readers.others), bool(readers.masks))
-    args = (operands, str(region.program), code, region.window, *keep, *after)
+    args = (operands, str(region.program), code, region.window, *keep, *(after or [None]), *rule.values())
     bits, mask, values, below = at.call("fused", fqt.fused_activation.default, *args)
     for item in list(pack.users) if is_call(pack, fqt.pack_activation.default) else []:
         replacement = (bits, mask)[arguments(item)[1]]

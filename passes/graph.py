@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import maybe_enable_thunkify
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -132,6 +134,35 @@ class Insertion:
         if not isinstance(result, tuple | list):
             return node
         return tuple(self._item(node, i, part, role) for i, part in enumerate(result))
+
+    def inline(self, role: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Add what ``function(*args)`` computes, decomposed as for Inductor; its results with nodes for tensors."""
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+
+        result_spec: list[Any] = [None]
+
+        def call(*tensors: Any) -> list[Any]:
+            given = list(leaves)
+            for i, tensor in zip(places, tensors, strict=True):
+                given[i] = tensor
+            call_args, call_kwargs = tree_unflatten(given, spec)
+            results, result_spec[0] = tree_flatten(function(*call_args, **call_kwargs))
+            return results
+
+        with self.emitter.fake_mode, maybe_enable_thunkify(), torch.no_grad():
+            traced = make_fx(call, select_decomp_table())(*[value(leaves[i]) for i in places])
+        known = dict(
+            zip([n for n in traced.graph.nodes if n.op == "placeholder"], [leaves[i] for i in places], strict=True)
+        )
+        for node in traced.graph.nodes:
+            if node.op == "call_function":
+                with self.emitter.graph.inserting_before(self.anchor):
+                    known[node] = self.emitter.graph.node_copy(node, known.__getitem__)
+                self._describe(known[node], node.meta["val"], role)
+        (output,) = (n for n in traced.graph.nodes if n.op == "output")
+        results = [known[r] if isinstance(r, fx.Node) else r for r in arguments(output)[0]]
+        return tree_unflatten(results, result_spec[0])
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
         """Size of a dimension: an int, or a node where it is symbolic."""

@@ -20,6 +20,7 @@ from ..kernels import ops  # noqa: F401  (declares torch.ops.fqt)
 from . import (
     activation,
     backward,
+    batch_norm,
     compact,
     decide,
     float_layers,
@@ -86,17 +87,16 @@ def _activation(state: State) -> None:
     proven = activation.NonNegativity()
     for site in state.sites:
         if site.packed:
-            code, reason = activation.choose_code(site.x, state.config.activation, proven)
-            site.activation, site.activation_reason = code, reason
+            activation.choose(site, state.config, proven)
 
 
 def _rows(state: State) -> None:
     if not state.config.prunes:
         state.choice = rows.NOTHING_PRUNED
     elif state.config.scope == "layer":
-        state.choice = rows.RowChoice(None, "asked for by scope='layer'")
+        state.choice = rows.RowChoice((), "asked for by scope='layer'")
     else:
-        state.choice = rows.choose_cut(state.graph, state.sites)
+        state.choice = rows.choose_rows(state.graph, state.sites, state.config.cut)
 
 
 def _forward(state: State) -> None:
@@ -106,6 +106,13 @@ def _forward(state: State) -> None:
 def _backward(state: State) -> None:
     args = (state.graph, state.sites, state.forward, state.seed, state.choice, state.config)
     state.step_rows = backward.rewrite_backward(*args)
+
+
+def _batch_norm(state: State) -> None:
+    if state.step_rows is not None and state.config.batch_norm == "project":
+        every = state.config.prune != "bernoulli"
+        batch_norm.project(state.graph, state.choice.norms, state.step_rows, every)
+    batch_norm.write_out(state.graph)
 
 
 def _share(state: State) -> None:
@@ -197,7 +204,8 @@ QUANTIZE = (
     Pass("forward", _forward, ("codes",), "packed forward"),
     Pass("save", _save, ("packed forward",), "tags"),
     Pass("backward", _backward, ("packed forward", "row choice"), "packed backward"),
-    Pass("share", _share, ("packed backward", "tags"), "shared operands", _no_float_left),
+    Pass("batch_norm", _batch_norm, ("packed backward",), "written-out BatchNorm"),
+    Pass("share", _share, ("written-out BatchNorm", "tags"), "shared operands", _no_float_left),
 )
 OPTIMIZE = (
     Pass("gradients", _gradients, ("shared operands",), "known gradients", _no_float_left),

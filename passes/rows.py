@@ -1,11 +1,13 @@
 """Where rows are chosen (``scope="step"``): one cut of the backward graph that every packed gradient crosses.
 
-NUMERICS 3 chooses rows "at the first packed site that the gradient meets". In a chain that is one node. In a
-network with skip connections the gradient also flows around that site, so the choice is made at the nearest
-common dominator of all packed sites' gradients: the value that every path from the loss to a packed site goes
-through. Pruned there with 1/p, the whole gradient below stays unbiased, and rows not kept are zero everywhere
-below (docs/adr/0002-step-scope.md). Where no such value exists, or rows are tokens that attention mixes,
-every site chooses its own rows, and the report says why.
+1. The nearest common dominator of all packed sites' gradients: the value that every path from the loss to a packed
+   site goes through. Pruned there with 1/p, everything below it has zero rows but for the kept ones
+   (docs/adr/0002-step-scope.md).
+2. If every path to that value goes through BatchNorm, the nearest value above from which that is so: the gradient
+   that enters this BatchNorm (docs/adr/0015). Its backward makes sums over the batch zero; rows dropped behind it
+   would undo that, rows dropped before it are projected (`batch_norm`).
+3. Where several outputs have no such value in common, the gradients of these outputs, with one choice for all.
+4. Else, and where rows are tokens, which attention mixes, every site chooses its own rows, and the report says why.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
+import torch
 from torch import fx
 
+from . import batch_norm
 from .graph import is_backward, is_tensor, value
 from .sites import Site
 
@@ -59,49 +63,124 @@ class Dominators(Generic[T]):
 
 @dataclasses.dataclass(frozen=True)
 class RowChoice:
-    """``cut``: where rows are chosen once per step; None means at every site, for ``reason``.
+    """``cuts``: the gradients whose rows are chosen once per step, together; none: at every site, for ``reason``.
 
-    ``below``: indices of the sites whose gradient passes through the cut.
+    ``below``: indices of the sites, and ``norms``: backward nodes of the BatchNorms, that all of the gradient reaches
+    through the cuts.
     """
 
-    cut: fx.Node | None
+    cuts: tuple[fx.Node, ...]
     reason: str
     below: frozenset[int] = frozenset()
+    norms: tuple[fx.Node, ...] = ()
 
 
-NOTHING_PRUNED = RowChoice(None, "nothing is pruned")
+NOTHING_PRUNED = RowChoice((), "nothing is pruned")
 
 
-def choose_cut(graph: fx.Graph, sites: Sequence[Site]) -> RowChoice:
-    """The nearest common dominator of the packed sites' gradients."""
+def choose_rows(graph: fx.Graph, sites: Sequence[Site], cut: str) -> RowChoice:
+    """The cuts for the packed sites; ``cut``: option of that name (`FQTConfig`)."""
     packed = [s for s in sites if s.packed and s.trained]
     if not packed:
-        return RowChoice(None, "no packed site has a backward pass")
+        return RowChoice((), "no packed site has a backward pass")
     tokens = [s.name for s in packed if s.rows_are_tokens]
     if tokens:
-        return RowChoice(None, f"the rows of {tokens[0]} are tokens, which are not independent samples")
-    dominators = gradient_dominators(graph)
-    cut = dominators.common([s.grad_output for s in packed])
-    while cut is not None and not is_tensor(cut):
-        cut = dominators.immediate[cut]
-    if cut is None:
-        return RowChoice(None, "the gradient enters the packed layers on several separate paths")
-    sizes = [value(s.grad_output).shape[0] for s in packed if s.grad_output is not None]
-    shape = value(cut).shape
-    if len(shape) < 2 or any(size != shape[0] for size in sizes):
-        return RowChoice(None, f"the gradient of shape {tuple(shape)} that all share does not have one row per sample")
-    below = frozenset(s.index for s in sites if s.grad_output is not None and dominators.dominates(cut, s.grad_output))
-    return RowChoice(cut, f"rows are chosen once per step, where the gradient is {cut.name}", below)
+        return RowChoice((), f"the rows of {tokens[0]} are tokens, which are not independent samples")
+    samples = {value(s.grad_output).shape[0] for s in packed if s.grad_output is not None}
+    if len(samples) != 1:
+        return RowChoice((), f"packed layers have different numbers of rows: {sorted(map(str, samples))}")
+    flow = GradientFlow(graph, next(iter(samples)))
+    gradients = [s.grad_output for s in packed if s.grad_output is not None]
+    cuts, reason = _cuts(flow, gradients, cut)
+    if not cuts:
+        return RowChoice((), reason)
+    sheltered = flow.reached_only_through(cuts)
+    below = frozenset(s.index for s in sites if s.grad_output in sheltered)
+    norms = tuple(n for n in graph.nodes if n in sheltered and batch_norm.mixes_samples(n, flow.samples))
+    return RowChoice(cuts, reason, below, norms)
 
 
-def gradient_dominators(graph: fx.Graph) -> Dominators[fx.Node]:
-    """Dominators of the gradient flow: the backward nodes that depend on a tangent."""
-    entries = [n for n in graph.nodes if n.op == "placeholder" and is_backward(n)]
-    flow: dict[fx.Node, list[fx.Node]] = {n: [] for n in entries}
-    for node in graph.nodes:
-        if node.op != "call_function" or not is_backward(node):
-            continue
-        inputs = [n for n in node.all_input_nodes if n in flow]
-        if inputs:
-            flow[node] = inputs
-    return Dominators(list(flow), flow, entries)
+def _cuts(flow: GradientFlow, gradients: list[fx.Node], cut: str) -> tuple[tuple[fx.Node, ...], str]:
+    dominators = Dominators(list(flow.sources), flow.sources, flow.entries)
+    common = None if cut == "output" else dominators.common(gradients)
+    while common is not None and not is_tensor(common):
+        common = dominators.immediate[common]
+    if common is None:
+        return _outputs(flow, gradients, asked=cut == "output")
+    if cut == "batch_norm":
+        common = _above_batch_norm(flow, dominators, common)
+    shape = value(common).shape
+    if not flow.has_sample_rows(common):
+        return (), f"the gradient of shape {tuple(shape)} that all share does not have one row per sample"
+    return (common,), f"rows are chosen once per step, where the gradient is {common.name}"
+
+
+def _above_batch_norm(flow: GradientFlow, dominators: Dominators[fx.Node], cut: fx.Node) -> fx.Node:
+    """The nearest dominator of ``cut`` from which every path to it goes through BatchNorm; ``cut`` if there is none."""
+    directly = flow.without_batch_norm(cut)
+    if not directly.isdisjoint(flow.entries):
+        return cut
+    above = dominators.immediate[cut]
+    while above is not None and (above in directly or not is_tensor(above) or not flow.has_sample_rows(above)):
+        above = dominators.immediate[above]
+    return above or cut
+
+
+def _outputs(flow: GradientFlow, gradients: list[fx.Node], asked: bool) -> tuple[tuple[fx.Node, ...], str]:
+    """All gradients that the graph receives and that reach a packed site, if they have a row per sample."""
+    above = flow.above(gradients)
+    entries = tuple(n for n in flow.entries if n in above)
+    if not all(flow.has_sample_rows(n) for n in entries):
+        if asked:
+            return (), "the gradient of an output does not have one row per sample"
+        return (), "the gradient enters the packed layers on several separate paths"
+    return entries, f"rows are chosen once per step, where the gradient enters: {', '.join(n.name for n in entries)}"
+
+
+class GradientFlow:
+    """The backward nodes that depend on a tangent, in graph order, each with those of its operands that do."""
+
+    def __init__(self, graph: fx.Graph, samples: int | torch.SymInt) -> None:
+        self.samples = samples
+        self.entries = [n for n in graph.nodes if n.op == "placeholder" and is_backward(n)]
+        self.sources: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.entries}
+        for node in graph.nodes:
+            if node.op != "call_function" or not is_backward(node):
+                continue
+            inputs = [n for n in node.all_input_nodes if n in self.sources]
+            if inputs:
+                self.sources[node] = inputs
+
+    def has_sample_rows(self, node: fx.Node) -> bool:
+        """Is ``node`` a gradient with one row, of more than one number, for every sample?"""
+        return is_tensor(node) and value(node).dim() >= 2 and bool(value(node).shape[0] == self.samples)
+
+    def above(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """``nodes`` and all that they depend on."""
+        found: set[fx.Node] = set()
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node not in found:
+                found.add(node)
+                pending.extend(self.sources[node])
+        return found
+
+    def without_batch_norm(self, node: fx.Node) -> set[fx.Node]:
+        """From where a path leads to ``node`` on which no BatchNorm mixes samples; ``node`` itself included."""
+        found: set[fx.Node] = set()
+        pending = [node]
+        while pending:
+            item = pending.pop()
+            if item not in found and not batch_norm.mixes_samples(item, self.samples):
+                found.add(item)
+                pending.extend(self.sources[item])
+        return found
+
+    def reached_only_through(self, cuts: Sequence[fx.Node]) -> set[fx.Node]:
+        """Nodes to which every path from a tangent goes through one of ``cuts``, these included."""
+        around: set[fx.Node] = set()
+        for node, sources in self.sources.items():
+            if node not in cuts and (not sources or any(n in around for n in sources)):
+                around.add(node)
+        return set(self.sources) - around

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, is_backward, is_call, root, strip, strip_casts, value
+from .threshold import BatchNormThreshold
 
 LINEAR = frozenset({aten.addmm.default, aten.mm.default})
 
@@ -27,7 +28,8 @@ class Site:
     ``weight`` is the parameter itself (casts stripped), ``[C_o, C_i, *kernel]``, or ``[C_i, C_o]`` where
     ``weight_is_transposed`` (a plain ``x @ W``). ``grad_*`` are None where the graph does not compute them.
     ``rows_are_tokens``: a linear layer over more than one leading axis, whose rows attention may mix.
-    ``decision``, ``reason`` and ``activation`` are filled by later passes.
+    ``decision``, ``reason``, ``activation``, ``threshold`` (``channel``, ``sample`` or ``batch``; None for the sign
+    code) and ``batch_norm`` (what a threshold per channel is made from) are filled by later passes.
     """
 
     index: int
@@ -54,6 +56,8 @@ class Site:
     reason: str = ""
     activation: str | None = None
     activation_reason: str = ""
+    threshold: str | None = None
+    batch_norm: BatchNormThreshold | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

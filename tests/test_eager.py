@@ -39,12 +39,14 @@ def both(model: nn.Module, options: dict, x: torch.Tensor, y: torch.Tensor):
 
 
 def assert_equal_steps(a, b) -> None:
-    """Bit for bit; under autocast, gradients of the float layers may differ by bfloat16 rounding."""
+    """Bit for bit; gradients of float convolutions up to rounding, of bfloat16 under autocast: on some CPUs the order
+    of oneDNN's sums depends on the memory order of the gradient."""
     assert a[0] == b[0]
     assert a[1].keys() == b[1].keys()
     for name, gradient in a[1].items():
-        if torch.is_autocast_enabled("cpu") and name.startswith(("stem", "down")):
-            assert (gradient - b[1][name]).abs().max() <= 0.02 * gradient.abs().max(), name
+        if name.startswith(("stem", "down")):
+            tolerance = 0.02 if torch.is_autocast_enabled("cpu") else 1e-5
+            assert (gradient - b[1][name]).abs().max() <= tolerance * gradient.abs().max(), name
         else:
             assert torch.equal(gradient, b[1][name]), name
 
@@ -68,6 +70,9 @@ def test_with_batch_norm_only_rounding_differs():
     eager, compiled = both(SmallNet(norm=True), {}, *small_batch())
     assert eager[0] == pytest.approx(compiled[0], rel=1e-6)
     for name, gradient in eager[1].items():
+        if name == "conv1.bias":  # in front of BatchNorm its gradient is 0, and so are both but for rounding
+            assert max(gradient.abs().max(), compiled[1][name].abs().max()) < 1e-5 * eager[1]["norm1.bias"].abs().max()
+            continue
         difference = (gradient - compiled[1][name]).abs().max() / gradient.abs().max()
         assert difference < 1e-4, name
 

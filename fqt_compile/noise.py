@@ -1,0 +1,216 @@
+"""`gradient_noise`: how far the quantized gradients of every layer are from the exact ones, on the same batch.
+
+Bit equality says that kernels compute what the definition says; this says whether the definition is any good. It ranks
+estimators as their accuracy after training does, in seconds (docs/accuracy.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .config import FQTConfig
+from .eager import eager
+from .errors import ConfigError
+
+ROLES = ("grad_weight", "grad_input")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Of one gradient, relative to the squared norm of the exact one, averaged over batches.
+
+    bias: ``|E g - exact|**2``, estimated without bias from n seeds (``|mean - exact|**2 - variance / n``, so it may come
+    out below 0); bias_error: its standard error, from the spread between seeds. variance: ``E |g - E g|**2``.
+    cosine: mean cosine between g and exact. NaN where the exact gradient is 0.
+    """
+
+    bias: float
+    bias_error: float
+    variance: float
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNoise:
+    """The packed layer ``name``; grad_input None where the layer has none (its input needs no gradient)."""
+
+    name: str
+    grad_weight: Noise | None
+    grad_input: Noise | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNoise:
+    """The result of `gradient_noise`: the packed layers in forward order, and what was averaged over."""
+
+    layers: list[LayerNoise]
+    batches: int
+    seeds: int
+
+    def largest(self, role: str = "grad_weight") -> tuple[float, float]:
+        """Largest squared bias and largest variance of any layer."""
+        found = [noise for layer in self.layers if (noise := getattr(layer, role)) is not None]
+        return max((n.bias for n in found), default=0.0), max((n.variance for n in found), default=0.0)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=150, no_color=True)
+        console.print(self.render())
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    def render(self) -> Table:
+        """One row a layer, for a rich console."""
+        table = Table(
+            title="gradients against exact ones of the same forward, relative to their square "
+            f"({self.batches} batches, {self.seeds} seeds)"
+        )
+        table.add_column("layer")
+        for role in ROLES:
+            for measure in ("bias\N{SUPERSCRIPT TWO}", "variance", "cosine"):
+                table.add_column(f"{role}\n{measure}", justify="right")
+        for layer in self.layers:
+            row = [layer.name]
+            for role in ROLES:
+                noise = getattr(layer, role)
+                row += _numbers(noise)
+            table.add_row(*row)
+        return table
+
+
+def gradient_noise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: FQTConfig | Mapping[str, Any] | None = None,
+    seeds: int | Sequence[int] = 8,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+) -> GradientNoise:
+    """Squared bias, variance and cosine of every packed layer's gradients against ``grad="exact"`` on the same batch.
+
+    model: trains as it is (mode, dropout masks: the same for all runs of a batch); parameters, buffers, gradients and
+    the random state are left as they were. batches: inputs ``x``, or tuples ``(x, *rest)``. config: an `FQTConfig` or a
+    mapping of its fields. seeds: at least 2 seeds of the gradient noise, or how many. loss: ``loss(output, *rest)`` ->
+    scalar; default: cross-entropy with an integer target, else the mean squared difference to ``rest`` or to 0.
+
+    Computed by eager FQT: no compiler needed. Raises `ConfigError` for wrong options, seeds and no batches.
+    """
+    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if len(numbers) < 2:
+        raise ConfigError(f"seeds: got {seeds!r}; accepted: at least 2 seeds, or how many")
+    if settings.grad == "exact":
+        raise ConfigError("grad: got 'exact'; accepted: 'fqt' or 'psq', which are compared with it")
+    calls = [(batch if isinstance(batch, tuple | list) else (batch,)) for batch in batches]
+    if not calls:
+        raise ConfigError("batches: got none; accepted: at least one input x, or tuple (x, *rest)")
+    plain = [((x,), {}, rest) for x, *rest in calls]
+    return measure(model, plain, settings, numbers, loss or default_loss)
+
+
+def measure(
+    model: nn.Module,
+    calls: Sequence[tuple[Sequence[Any], Mapping[str, Any], Sequence[Any]]],
+    config: FQTConfig,
+    seeds: Sequence[int],
+    loss: Callable[..., Tensor],
+) -> GradientNoise:
+    """`gradient_noise` of calls ``(args, kwargs, rest)``: ``loss(model(*args, **kwargs), *rest)``."""
+    exact, noisy = (_Recorded(eager(model, c)) for c in (config.replace(grad="exact"), config))
+    found: dict[str, dict[str, list[Noise]]] = {}
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        for call in calls:
+            torch.set_rng_state(state)
+            wanted = exact.gradients(call, loss, 0)
+            sums = {key: _Sums(value) for key, value in wanted.items()}
+            for seed in seeds:
+                torch.set_rng_state(state)
+                for key, value in noisy.gradients(call, loss, seed).items():
+                    sums[key].add(value)
+            for (name, role), sum_ in sums.items():
+                found.setdefault(name, {}).setdefault(role, []).append(sum_.noise())
+    layers = [LayerNoise(name, *(_mean(found[name].get(role)) for role in ROLES)) for name in exact.names(found)]
+    return GradientNoise(layers, len(calls), len(seeds))
+
+
+def default_loss(output: Any, *rest: Any) -> Tensor:
+    """Cross-entropy with an integer target, else the mean squared difference to the target, or to 0."""
+    first = next(t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)).float()
+    if rest and not rest[0].is_floating_point():
+        return nn.functional.cross_entropy(first, rest[0])
+    return (first - rest[0] if rest else first).square().mean()
+
+
+class _Recorded:
+    """An eager FQT model that tells the gradients of its packed layers."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.seen: dict[tuple[str, str], Tensor] = {}
+
+    def gradients(self, call: Any, loss: Callable[..., Tensor], seed: int) -> dict[tuple[str, str], Tensor]:
+        args, kwargs, rest = call
+        self.seen = {}
+        self.model._fqt_seed, self.model._fqt_recorder = seed, self._record
+        value = loss(self.model(*args, **kwargs), *rest)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        torch.autograd.grad(value, parameters, allow_unused=True)
+        return self.seen
+
+    def names(self, found: Iterable[str]) -> list[str]:
+        """In forward order."""
+        order = {site.name: i for i, site in enumerate(self.model._fqt_plan)}
+        return sorted(found, key=order.__getitem__)
+
+    def _record(self, name: str, role: str, gradient: Tensor) -> None:
+        self.seen[name, role] = gradient.detach().to(torch.float64).flatten()
+
+
+class _Sums:
+    """The exact value of one gradient, and those of all seeds."""
+
+    def __init__(self, exact: Tensor) -> None:
+        self.exact = exact
+        self.values: list[Tensor] = []
+
+    def add(self, value: Tensor) -> None:
+        self.values.append(value.to(torch.float32))
+
+    def noise(self) -> Noise:
+        square, count = float(self.exact.square().sum()), len(self.values)
+        if square == 0:
+            return Noise(*[math.nan] * 4)
+        values = torch.stack(self.values).to(torch.float64)
+        mean = values.mean(0)
+        variance = float((values - mean).square().sum()) / (count - 1)
+        bias = float((mean - self.exact).square().sum()) - variance / count
+        # (mean - exact)**2 - variance / n is the mean of (g_i - exact) (g_j - exact) over pairs; its error by leaving
+        # one seed out at a time (jackknife).
+        centered = values - self.exact
+        products = centered @ centered.t()
+        own = products.diagonal()
+        pairs = (products.sum() - own.sum() - 2 * (products.sum(1) - own)) / max((count - 1) * (count - 2), 1)
+        error = math.sqrt(float((pairs - pairs.mean()).square().sum()) * (count - 1) / count)
+        cosines = nn.functional.cosine_similarity(values, self.exact[None], dim=1)
+        return Noise(bias / square, error / square, variance / square, float(cosines.mean()))
+
+
+def _numbers(noise: Noise | None) -> list[str]:
+    return ["-"] * 3 if noise is None else [f"{noise.bias:.3f}", f"{noise.variance:.2f}", f"{noise.cosine:.2f}"]
+
+
+def _mean(noises: list[Noise] | None) -> Noise | None:
+    if not noises:
+        return None
+    columns = list(zip(*map(dataclasses.astuple, noises), strict=True))
+    bias, error, variance, cosine = (math.fsum(column) / len(noises) for column in columns)
+    spread = math.sqrt(math.fsum(e * e for e in columns[1])) / len(noises)
+    return Noise(bias, spread if len(noises) > 1 else error, variance, cosine)

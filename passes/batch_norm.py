@@ -1,0 +1,85 @@
+"""BatchNorm is one node of the captured graph, forward and backward, until this module writes it out.
+
+    forward                       Inductor's own decomposition, as without us
+    backward on all rows          the same
+    backward on kept rows         a projection on these rows (reference.batch_norm_gradient, docs/math.md 8)
+
+Where rows are dropped, the plain backward would lose the dropped rows' share of its batch means, and with it the
+orthogonality to 1 and to the normalized input that the exact gradient has. Frozen BatchNorm, LayerNorm, GroupNorm and
+InstanceNorm treat rows one by one and need none of this.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.decomposition import select_decomp_table
+
+from ..kernels import reference
+from .graph import Emitter, arguments, aten, is_call, provenance, value
+
+fqt = torch.ops.fqt
+FORWARD = frozenset(
+    {
+        aten._native_batch_norm_legit_functional.default,
+        aten._native_batch_norm_legit_no_training.default,
+        aten._native_batch_norm_legit.no_stats,
+    }
+)
+BACKWARD = aten.native_batch_norm_backward.default
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those of BatchNorm: what a graph is captured with."""
+    return {target: made for target, made in select_decomp_table().items() if target not in {*FORWARD, BACKWARD}}
+
+
+def output_of(node: fx.Node) -> fx.Node | None:
+    """The BatchNorm whose normalized output ``node`` is, if it is one."""
+    if not is_call(node, operator.getitem) or arguments(node)[1] != 0:
+        return None
+    source: fx.Node = arguments(node)[0]
+    return source if source.op == "call_function" and source.target in FORWARD else None
+
+
+def mixes_samples(node: fx.Node, samples: Any) -> bool:
+    """Is ``node`` the backward of a BatchNorm that normalized by the statistics of this batch of ``samples`` rows?"""
+    if not is_call(node, BACKWARD):
+        return False
+    _, x, _, _, _, _, _, training, *_ = arguments(node)
+    return bool(training) and bool(value(x).shape[0] == samples)
+
+
+def project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
+    """Replace the backward of ``norms`` by the projection on the kept ``rows``; without ``all_used`` some may be -1."""
+    emitter = Emitter(graph, "backward")
+    for node in norms:
+        at = emitter.at(node, "step")
+        g, x, weight, _, _, mean, invstd, _, eps, _ = arguments(node)
+        kept = [at.call("gather", fqt.gather_rows.default, full, rows) for full in (g, x)]
+        used = None if all_used else at.call("gather", aten.ge.Scalar, rows, 0)
+        args = (*kept, weight, mean, invstd, eps, used)
+        grad, *parameters = at.inline("batch_norm", reference.batch_norm_gradient, *args)
+        full = at.call("batch_norm", fqt.scatter_rows.default, grad, rows, at.size(x, 0))
+        for item in list(node.users):
+            made = (full, *parameters)[arguments(item)[1]]
+            item.replace_all_uses_with(at.cast("batch_norm", made, value(item).dtype))
+    graph.eliminate_dead_code()
+
+
+def write_out(graph: fx.Graph) -> None:
+    """Replace every BatchNorm node that is left by Inductor's decomposition."""
+    emitter, table = Emitter(graph, "batch_norm"), select_decomp_table()
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in {*FORWARD, BACKWARD}:
+            continue
+        made = provenance(node)
+        at = emitter.at(node, made.site if made else "step")
+        results = at.inline("batch_norm", table[node.target], *node.args, **node.kwargs)
+        for item in list(node.users):
+            item.replace_all_uses_with(results[arguments(item)[1]])
+    graph.eliminate_dead_code()
