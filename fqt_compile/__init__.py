@@ -5,6 +5,16 @@ from .compare import Comparison, compare
 from .config import FQTConfig
 from .eager import eager
 from .explain import Report, explain
+from .recalibrate import recalibrate
 
-__all__ = ["Comparison", "FQTConfig", "Report", "compare", "eager", "explain", "fqt1bit"]
+__all__ = [
+    "Comparison",
+    "FQTConfig",
+    "Report",
+    "compare",
+    "eager",
+    "explain",
+    "fqt1bit",
+    "recalibrate",
+]
 __version__ = "0.1.0"
