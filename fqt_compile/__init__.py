@@ -1,6 +1,7 @@
 """1-bit fully quantized training as a compiler pass: ``torch.compile(model, backend="fqt1bit")``."""
 
 from .backend import fqt1bit
+from .capturable import capturable
 from .compare import Comparison, compare
 from .config import FQTConfig
 from .eager import eager
@@ -11,6 +12,7 @@ __all__ = [
     "Comparison",
     "FQTConfig",
     "Report",
+    "capturable",
     "compare",
     "eager",
     "explain",
