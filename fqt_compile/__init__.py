@@ -1,21 +1,25 @@
 """1-bit fully quantized training as a compiler pass: ``torch.compile(model, backend="fqt1bit")``."""
 
 from .backend import fqt1bit
+from .capturable import capturable
 from .compare import Comparison, compare
 from .config import FQTConfig
 from .eager import eager
 from .explain import Report, explain
 from .noise import GradientNoise, gradient_noise
+from .recalibrate import recalibrate
 
 __all__ = [
     "Comparison",
     "FQTConfig",
     "GradientNoise",
     "Report",
+    "capturable",
     "compare",
     "eager",
     "explain",
     "fqt1bit",
     "gradient_noise",
+    "recalibrate",
 ]
 __version__ = "0.1.0"

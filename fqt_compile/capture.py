@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from .backend import FQTPass, compile_interpreted, parameter_names
+from .capturable import captured_as_capturable
 from .config import FQTConfig
 from .errors import CaptureError
 from .notices import announce, notices
@@ -186,8 +187,9 @@ def _fresh_call(model: Callable[..., Any]) -> Callable[..., Any]:
 def _undone(model: Any) -> Iterator[None]:
     """Restore buffers and the default generator, and compute with gradients enabled."""
     module = getattr(model, "__self__", model)
-    buffers = [(b, b.clone()) for b in module.buffers()] if isinstance(module, nn.Module) else []
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    module = module if isinstance(module, nn.Module) else nn.Module()
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), captured_as_capturable(module):
         try:
             yield
         finally:

@@ -105,6 +105,9 @@ def finetune(
     lr: Annotated[float, typer.Option(help="The same in stage 2 (the paper fine-tunes with 1e-5).")] = 3e-4,
     head_lr: Annotated[float, typer.Option(help="Learning rate of the last linear layer.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Adam's weight decay.")] = 1e-5,
+    recalibrate: Annotated[
+        int, typer.Option(help="Batches that BatchNorm's statistics are measured on before an evaluation.", min=0)
+    ] = 8,
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None,
     methods: Annotated[str, typer.Option(help="What to compare, separated by commas.")] = "float32,qat,fqt",
@@ -141,6 +144,7 @@ def finetune(
         lr=lr,
         head_lr=head_lr,
         weight_decay=weight_decay,
+        recalibrate=recalibrate,
         seed=seed,
         threads=threads,
         methods=tuple(methods.split(",")),

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from . import results
+from .capturable import capturable
 from .checkpoint import (
     FORMAT,
     PLOT,
@@ -39,6 +40,7 @@ from .config import FQTConfig
 from .data import ImageData
 from .data import load as load_data
 from .errors import ConfigError, FQTError
+from .evaluation import evaluate, recalibrated
 from .models import head_name, make_model
 
 METHODS = ("float32", "qat", "fqt")
@@ -64,6 +66,8 @@ class FinetuneSettings:
     qat_lr, lr, head_lr: Adam's learning rate of the body in the first and in the second stage, and of the
         last linear layer; each stage follows half a cosine from there to 0.
     weight_decay: L2 penalty inside Adam.
+    recalibrate: training batches from which BatchNorm's running statistics are measured before every evaluation
+        (see `fqt_compile.recalibrate`), for all methods alike; 0 evaluates with those of the training.
     seed: of initialization, split, order of the images and gradient noise.
     threads: of torch, ``None`` leaves them as they are.
     methods: what to compare, of `METHODS`.
@@ -89,6 +93,7 @@ class FinetuneSettings:
     lr: float = 3e-4
     head_lr: float = 1e-3
     weight_decay: float = 1e-5
+    recalibrate: int = 8
     seed: int = 0
     threads: int | None = None
     methods: tuple[str, ...] = METHODS
@@ -98,7 +103,7 @@ class FinetuneSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in {"size": 1, "epochs": 1, "qat_epochs": 0, "batch": 1, "seed": 0}.items():
+        for name, low in {"size": 1, "epochs": 1, "qat_epochs": 0, "batch": 1, "recalibrate": 0, "seed": 0}.items():
             _check(name, getattr(self, name), low)
         for name in ("limit", "threads"):
             if getattr(self, name) is not None:
@@ -151,6 +156,7 @@ def plan(settings: FinetuneSettings) -> dict[str, list[Stage]]:
 def compile_step(model: nn.Module, config: FQTConfig | None) -> results.Step:
     """The compiled ``model``: by Inductor in float32 for ``config`` None, else by the fqt1bit backend."""
     torch.compiler.reset()  # graphs of the previous method would count against Dynamo's recompile limit
+    capturable(model)
     if config is None:
         return torch.compile(model)
     from .backend import fqt1bit
@@ -162,8 +168,10 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict
     """Train every method of ``settings``, write checkpoints, results and plot into ``settings.out``.
 
     Files there: ``checkpoint.pt`` (after every epoch), ``STAGE.pt`` (state dict at the end of each stage),
-    ``results.json`` and ``results.png``. A resumed run gives bit for bit what an uninterrupted one gives on
-    the same machine with the same versions and threads.
+    ``results.json`` and ``results.png``. ``STAGE.pt`` has the recalibrated running statistics, so that it gives the
+    accuracy reported, and the next stage begins with them; ``checkpoint.pt`` has those of the training, which is the
+    same with and without recalibration: weights, losses and all that is random. A resumed run gives bit for bit what
+    an uninterrupted one gives on the same machine with the same versions and threads.
 
     Returns the contents of ``results.json``: ``settings``, ``data``, ``methods`` (see `results.summarize`)
     and `results.environment`.
@@ -268,10 +276,10 @@ class Trainer:
             for epoch in range(finished + 1, stage.epochs + 1):
                 where = f"stage {stage.name}, epoch {epoch}"
                 loss, seconds = run.train_epoch(where, lambda: progress.advance(task))
-                accuracy = evaluate(step, self.model, self.data, self.settings.batch)
+                accuracy = self._evaluate(stage, step, last=epoch == stage.epochs)
                 warm = seconds[WARM_STEPS:] if epoch == finished + 1 else seconds
                 record["epochs"].append({"loss": loss, "accuracy": accuracy, "step_s": warm})
-                self._save(stage, run, last=epoch == stage.epochs)
+                self._save(stage, run)
                 progress.console.print(f"{where}: loss {loss:.4f}, test accuracy {100 * accuracy:.1f} %")
 
     def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
@@ -283,10 +291,19 @@ class Trainer:
         used = [group for group in groups if group["params"]]
         return torch.optim.Adam(used, weight_decay=self.settings.weight_decay, fused=True)
 
-    def _save(self, stage: Stage, run: Running, *, last: bool) -> None:
-        """The stage's state dict first: a checkpoint that calls a stage finished must find it."""
-        if last:
-            save_state(self.model.state_dict(), self.workspace.stage_file(stage.name))
+    def _evaluate(self, stage: Stage, step: results.Step, *, last: bool) -> float:
+        """The test accuracy. Of the last epoch also the stage's state dict, with the statistics that gave it.
+
+        That file comes before the checkpoint: one that calls a stage finished must find it.
+        """
+        batch, seed = self.settings.batch, self.settings.seed
+        with recalibrated(step, self.model, self.data, batches=self.settings.recalibrate, batch=batch, seed=seed):
+            accuracy = evaluate(step, self.model, self.data, batch)
+            if last:
+                save_state(self.model.state_dict(), self.workspace.stage_file(stage.name))
+        return accuracy
+
+    def _save(self, stage: Stage, run: Running) -> None:
         state = {
             "format": FORMAT,
             "settings": self.settings.record(),
@@ -350,16 +367,6 @@ class Running:
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
         self.generator.set_state(state["loader"])
-
-
-def evaluate(step: results.Step, model: nn.Module, data: ImageData, batch: int) -> float:
-    """The fraction of test images classified correctly, in [0, 1], by the compiled model in eval mode."""
-    model.eval()
-    correct = 0
-    with torch.no_grad():
-        for images, labels in data.test_batches(batch):
-            correct += int((step(images)[: len(labels)].argmax(1) == labels).sum())
-    return correct / len(data.test_labels)
 
 
 def _progress(console: Console) -> Progress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
 import json
 import math
@@ -96,6 +98,50 @@ def test_loss_falls(settings):
     report = finetune(again(settings, methods=("float32",), qat_lr=1e-2, head_lr=1e-2, limit=400), quiet())
     losses = report["methods"]["float32"]["loss_history"]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def state_of(settings: FinetuneSettings, name: str) -> dict:
+    return torch.load(settings.out / name, weights_only=True)
+
+
+def test_training_is_the_same_with_and_without_recalibration(settings, tmp_path):
+    settings = again(settings, methods=("float32",), limit=200, qat_epochs=0)
+    off, few = again(settings, recalibrate=0, out=tmp_path / "off"), again(settings, recalibrate=2)
+    without, report = finetune(off, quiet()), finetune(few, quiet())
+    assert report["settings"]["recalibrate"] == 2
+    assert report["methods"]["float32"]["loss_history"] == without["methods"]["float32"]["loss_history"]
+    expected, got = state_of(off, "checkpoint.pt"), state_of(few, "checkpoint.pt")
+    for key in ("model", "optimizer", "rng", "loader"):
+        torch.testing.assert_close(got[key], expected[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["float32", "fqt"])
+def test_the_saved_state_has_the_recalibrated_statistics_and_gives_the_accuracy(settings, method):
+    settings = again(settings, methods=(method,), recalibrate=3)
+    report = finetune(settings, quiet())
+    data = job.load_data(settings.data, size=settings.size, limit=settings.limit, seed=settings.seed)
+    trained, saved = tiny(10), tiny(10)
+    trained.load_state_dict(state_of(settings, "checkpoint.pt")["model"])
+    saved.load_state_dict(state_of(settings, f"{method}.pt"))
+    assert job.evaluate(saved, saved, data, settings.batch) == report["methods"][method]["accuracy"]
+    assert saved[1].num_batches_tracked == 3
+    assert trained[1].num_batches_tracked > 3
+    batches = list(data.train_loader(settings.batch, torch.Generator().manual_seed(settings.seed)))
+    convolved = torch.stack([trained[0](images).mean((0, 2, 3)) for images, _ in batches[:3]])
+    torch.testing.assert_close(saved[1].running_mean, convolved.mean(0))
+
+
+def test_statistics_are_put_back_after_an_error(settings):
+    data = job.load_data(settings.data, size=settings.size, limit=settings.limit)
+    model = tiny(10)
+    before = copy.deepcopy(model.state_dict())
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        job.recalibrated(model, model, data, batches=100, batch=16, seed=0),
+    ):
+        assert model[1].num_batches_tracked == 100 // 16  # an epoch has no more
+        raise KeyboardInterrupt
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def interrupt_after(monkeypatch, epochs: int) -> None:
@@ -282,6 +328,7 @@ def test_bad_weights(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"batch": 0}, "setting 'batch': got 0; accepted: an integer >= 1"),
+        ({"recalibrate": -1}, "setting 'recalibrate': got -1; accepted: an integer >= 0"),
         ({"epochs": 1.5}, "setting 'epochs': got 1.5; accepted: an integer >= 1"),
         ({"lr": math.nan}, "setting 'lr': got nan; accepted: a finite number >= 0"),
         ({"methods": ("float",)}, r"setting 'methods': got \('float',\); accepted: float32, qat, fqt"),
