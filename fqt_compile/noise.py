@@ -22,14 +22,16 @@ from .eager import eager
 from .errors import ConfigError
 
 ROLES = ("grad_weight", "grad_input")
+Call = tuple[Sequence[Any], Mapping[str, Any], Sequence[Any]]
+"""Arguments of the model, positional and by name, and those of the loss behind the output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
     """Of one gradient, relative to the squared norm of the exact one, averaged over batches.
 
-    bias: ``|E g - exact|**2``, estimated without bias from n seeds (``|mean - exact|**2 - variance / n``, so it may come
-    out below 0); bias_error: its standard error, from the spread between seeds. variance: ``E |g - E g|**2``.
+    bias: ``|E g - exact|**2``, estimated without bias from n seeds (``|mean - exact|**2 - variance / n``, which may be
+    below 0); bias_error: its standard error, from the spread between seeds. variance: ``E |g - E g|**2``.
     cosine: mean cosine between g and exact. NaN where the exact gradient is 0.
     """
 
@@ -111,13 +113,13 @@ def gradient_noise(
     calls = [(batch if isinstance(batch, tuple | list) else (batch,)) for batch in batches]
     if not calls:
         raise ConfigError("batches: got none; accepted: at least one input x, or tuple (x, *rest)")
-    plain = [((x,), {}, rest) for x, *rest in calls]
+    plain: list[Call] = [((x,), {}, rest) for x, *rest in calls]
     return measure(model, plain, settings, numbers, loss or default_loss)
 
 
 def measure(
     model: nn.Module,
-    calls: Sequence[tuple[Sequence[Any], Mapping[str, Any], Sequence[Any]]],
+    calls: Sequence[Call],
     config: FQTConfig,
     seeds: Sequence[int],
     loss: Callable[..., Tensor],

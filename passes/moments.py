@@ -41,7 +41,7 @@ def exact_moments(graph: fx.Graph) -> int:
     emitter = Emitter(graph, "moments")
     replaced = 0
     for node in list(graph.nodes):
-        if not is_call(node, aten.var_mean.correction) or is_backward(node) or not _over_batch(node):
+        if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
             continue
         output = match_dequantized(arguments(node)[0])
         if output is None:
@@ -75,10 +75,10 @@ def float_moments(graph: fx.Graph) -> int:
     emitter = Emitter(graph, "moments")
     replaced = 0
     for node in list(graph.nodes):
-        if not is_call(node, aten.var_mean.correction) or is_backward(node) or not _over_batch(node):
+        if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
             continue
         output = match_convolution(arguments(node)[0])
-        if output is None or not _leads_to_packing(output.acc):
+        if output is None or not (is_backward(node) or _leads_to_packing(output.acc)):
             continue
         moments = emitter.at(node, "step").call("statistics", fqt.float_moments.default, output.acc)
         for item in list(node.users):
@@ -102,14 +102,17 @@ def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Deq
     others = [u for u in g.users if u is not node and _is_batch_sum(u)]
     readers = [user for other in others for user in other.users]
     latest = max((n for n in (g, output.acc, output.alpha, output.bias, center) if n), key=order.__getitem__)
+    channels = value(output.acc).shape[1]
     if order[latest] > min(order[n] for n in (node, *readers)):
         return False  # a sum is read before the integers exist
     origin = provenance(node) or provenance(output.acc)
     at = Emitter(graph, "moments").at(node, origin.site if origin else "step")
     at.anchor = latest.next
+    viewed = [] if value(center).dim() == 1 else [at.call("statistics", aten.view.default, center, [channels])]
+    center = viewed[0] if viewed else center
     args = ([output.acc, g], SECOND, output.alpha, output.bias, center)
     total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
-    for made in (arguments(total)[0], total, moment):  # the node after the last operand may be one of the forward
+    for made in (*viewed, arguments(total)[0], total, moment):  # the last operand may be one of the forward
         made.meta.update(partitioner_tag="is_backward", autograd_backward=True)
     node.replace_all_uses_with(moment)
     for other in others:
@@ -156,9 +159,8 @@ def _match_gradient_moment(
             continue
         y, center = arguments(centered)[:2]
         output = match(y) if isinstance(y, fx.Node) else None
-        vector = strip(center, VIEWS | {aten.unsqueeze.default}) if is_channel_vector(center, centered) else None
-        if output is not None and vector is not None and value(vector).dim() == 1:
-            return g, output, vector
+        if output is not None and is_channel_vector(center, centered):
+            return g, output, strip(center, VIEWS | {aten.unsqueeze.default})
     return None
 
 

@@ -248,7 +248,9 @@ def test_dominators_of_a_diamond_with_a_bypass():
     assert not dominators.dominates("b", "d")
 
 
-def test_two_heads_choose_rows_at_every_layer():
+def test_two_heads_choose_rows_by_both_gradients():
+    """Nothing else is common to all paths; where the outputs' rows are no samples, every layer chooses its own."""
+
     class TwoHeads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -259,6 +261,15 @@ def test_two_heads_choose_rows_at_every_layer():
             return self.a(h), self.b(h)
 
     graph = capture(TwoHeads(), (torch.randn(8, 64),), {}, FQTConfig(skip=()))[0]
+    assert "where the gradient enters: tangents_1, tangents_2" in graph.row_choice
+    assert operations(graph.stages["share"])["fqt.select"] == 1
+    assert operations(graph.stages["share"])["fqt.prune_rows"] == 2
+
+    class Losses(TwoHeads):
+        def forward(self, x):
+            return tuple(h.square().mean() for h in TwoHeads.forward(self, x))
+
+    graph = capture(Losses(), (torch.randn(8, 64),), {}, FQTConfig(skip=()))[0]
     assert "several separate paths" in graph.row_choice
     assert operations(graph.stages["share"])["fqt.select"] == 3
 

@@ -41,7 +41,7 @@ def test_lane_sum_is_a_sum_in_lane_order():
 def test_products_are_the_convolution_and_its_gradients(code, stride, padding):
     x = torch.randn(3, 5, 7, 6)
     w = torch.randn(4, 5, 3, 2)
-    t = reference.activation_threshold(x) if code == "threshold" else None
+    t = reference.activation_threshold(x, "sample") if code == "threshold" else None
     values = reference.code_values(reference.activation_bits(x, t), code).requires_grad_()
     sign = reference.code_values(reference.weight_bits(w), "sign").requires_grad_()
     y = F.conv2d(values, sign, stride=stride, padding=padding)
@@ -76,38 +76,159 @@ def test_dequantized_gradients_equal_float_gradients_of_the_dequantized_codes():
     assert bool((grad[[1, 3]] == 0).all())
 
 
+def dequantized(v, bits, grid, number=1):
+    """Codes, values and groups of the rows of v."""
+    codes, groups, _ = reference.quantize_groups(
+        v, torch.arange(v.numel()).view(v.shape), keys(number), bits, None, grid
+    )
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < 1 << bits
+    return codes, (codes - groups.level[:, None]) * groups.scale[:, None] + groups.center[:, None], groups
+
+
+@pytest.mark.parametrize("grid", [True, False])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_quantizer_is_unbiased_and_bounded(bits):
-    v = torch.randn(2, 24) * torch.tensor([[1.0], [100.0]])
-    index = torch.arange(48).view(2, 24)
-    draws = []
-    for n in range(800):
-        codes, s, z = reference.quantize_groups(v, index, keys(n), bits)
-        assert int(codes.min()) >= 0
-        assert int(codes.max()) < 1 << bits
-        draws.append(codes * s[:, None] + z[:, None])
-    stacked = torch.stack(draws)
-    step = (v.amax(1) - v.amin(1)) / ((1 << bits) - 1)
-    position = ((v - v.amin(1, keepdim=True)) / step[:, None]).double()
+def test_quantizer_is_unbiased_and_bounded(bits, grid):
+    """Rows of both signs, lopsided ones (a small end would be clamped to a level of 0), and of one sign."""
+    v = torch.randn(5, 24)
+    v = torch.stack([v[0], 100 * v[1], torch.where(v[2] > 0, v[2], 0.01 * v[2]), v[3].abs() + 2, -v[4].abs()])
+    draws = [dequantized(v, bits, grid, n) for n in range(800)]
+    stacked, groups = torch.stack([values for _, values, _ in draws]), draws[0][2]
+    step = groups.scale[:, None].double()
+    position = ((v - groups.center[:, None]) / step).double()
     fraction = position - position.floor()
-    assert_mean(stacked / step[:, None], v / step[:, None], fraction * (1 - fraction) + 1e-9)
-    variance = stacked.double().var(0) / step[:, None].double() ** 2
+    assert_mean(stacked / step, v / step, fraction * (1 - fraction) + 1e-9)
+    variance = stacked.double().var(0) / step**2
     assert float(variance.max()) < 0.25 * (1 + 6 * math.sqrt(2 / 800))  # stochastic rounding: at most step^2 / 4
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_an_exact_zero_is_exact(bits):
+    """Whatever the noise, in groups of both signs and of one: no error where the gradient is 0."""
+    v = torch.randn(6, 500)
+    v = torch.cat([v, v.abs(), -v.abs()])
+    v[:, ::3] = 0
+    for n in range(4):
+        assert bool((dequantized(v, bits, True, n)[1][:, ::3] == 0).all())
+    codes, s, z = reference.quantize_rows(v, None, torch.arange(18, dtype=torch.int32), torch.rand(18), keys(1), bits)
+    assert bool((codes * s[:, None] + z[:, None])[:, ::3].eq(0).all())
+
+
 def test_quantizer_edge_cases():
-    constant = reference.quantize_groups(torch.full((1, 5), 3.0), torch.arange(5)[None], keys(1), 4)
-    assert constant[0].tolist() == [[0] * 5]
-    assert constant[1].item() == 0.0
-    assert constant[2].item() == 3.0
-    zero = reference.quantize_groups(torch.tensor([[-0.0, 0.0]]), torch.arange(2)[None], keys(1), 4)
-    assert math.copysign(1, zero[2].item()) == 1.0
-    nan = reference.quantize_groups(torch.tensor([[1.0, float("nan")]]), torch.arange(2)[None], keys(1), 4)
-    assert nan[0].tolist() == [[0, 0]]
-    assert math.isnan(nan[1].item())
-    assert math.isnan(nan[2].item())
-    inf = reference.quantize_groups(torch.tensor([[1.0, float("inf")]]), torch.arange(2)[None], keys(1), 4)
-    assert not torch.isfinite(inf[1]).any()
+    constant = dequantized(torch.full((1, 5), 3.0), 4, True)
+    assert constant[0].tolist() == [[15] * 5]  # 0 is a code, too
+    assert constant[1].tolist() == [[pytest.approx(3.0)] * 5]
+    assert dequantized(torch.full((1, 5), 3.0), 4, False)[1].tolist() == [[3.0] * 5]
+    one = torch.zeros(1, 9)
+    one[0, 4] = -2.0
+    assert torch.allclose(dequantized(one, 4, True)[1], one)
+    assert bool((dequantized(one, 1, True)[1] == one).all())  # one sign: one bit has room for zero
+    both = dequantized(torch.tensor([[-1.0, 0.0, 3.0]]), 1, True)
+    assert both[1][0, 0] == -1.0
+    assert both[1][0, 2] == 3.0
+    zero = dequantized(torch.tensor([[-0.0, 0.0]]), 4, True)
+    assert [math.copysign(1, x) for x in zero[1][0].tolist()] == [1.0, 1.0]
+    for bad in (math.nan, math.inf, -math.inf):
+        codes, values, groups = dequantized(torch.tensor([[1.0, bad, 0.0]]), 4, True)
+        assert codes.tolist() == [[0, 0, 0]]
+        assert math.isnan(groups.scale.item())
+        assert not torch.isfinite(values).any()
+    tiny = dequantized(torch.tensor([[1e-42, 0.0, -1e-43]]), 4, True)
+    assert tiny[1].tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("chosen", [None, [0, 2]])
+def test_sums_of_channels_are_exact_and_unbiased(chosen):
+    """sum (s q + z') = sum v / p of every channel in every draw, and E (s q + z') = v / p element by element."""
+    g = torch.randn(6, 3, 5, 4)
+    g[g.abs() < 0.3] = 0
+    g *= torch.tensor([1.0, 30.0, 0.1]).view(1, 3, 1, 1)
+    rows, row_scale = torch.tensor([1, 3, 4, -1], dtype=torch.int32), torch.tensor([1.0, 2.5, 1.5, 0.0])
+    channels = None if chosen is None else torch.tensor([*chosen, -1], dtype=torch.int32)
+    factor = None if chosen is None else torch.tensor([2.0, 3.0, 0.0])
+    wanted = g[[1, 3, 4]] * row_scale[:3].view(-1, 1, 1, 1)
+    if chosen is not None:
+        wanted = wanted[:, chosen] * factor[:2].view(1, -1, 1, 1)
+    draws, scales = [], None
+    for n in range(600):
+        codes, s, z = reference.quantize_channels(g, rows, row_scale, channels, factor, keys(n), 4)
+        width = wanted.shape[1]
+        values = codes[:3, :width] * s[:width].view(1, -1, 1, 1) + z[:width].view(1, -1, 1, 1)
+        total, exact = values.double().sum((0, 2, 3)), wanted.double().sum((0, 2, 3))
+        assert torch.allclose(total, exact, rtol=0, atol=1e-5 * float(wanted.abs().sum())), n
+        draws.append(values)
+        scales = s[:width].view(1, -1, 1, 1)
+    assert_mean(torch.stack(draws) / scales, wanted / scales, torch.full_like(wanted, 0.26))
+
+
+def test_batch_norm_gradient_with_all_rows_is_the_exact_one():
+    for shape in ((6, 5), (6, 5, 4), (6, 5, 4, 3)):
+        x, g = (torch.randn(shape, dtype=torch.float64).float() for _ in range(2))
+        weight, bias = torch.rand(5) + 0.5, torch.randn(5)
+        _, mean, invstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-3)
+        args = (g, x, weight, None, None, mean, invstd, True, 1e-3, [True, True, True])
+        exact = torch.ops.aten.native_batch_norm_backward(*args)
+        ours = reference.batch_norm_gradient(g, x, weight, mean, invstd, 1e-3)
+        for a, b in zip(ours, exact, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_gradient_is_orthogonal_on_the_kept_rows():
+    """To 1 and to the input, per channel: what the exact gradient is on all rows. Unused rows change nothing."""
+    x, g = torch.randn(4, 5, 3, 3) * 3 + 1, torch.randn(4, 5, 3, 3)
+    mean, invstd = torch.randn(5) * 0.1, torch.rand(5) + 0.5
+    grad, grad_weight, grad_bias = reference.batch_norm_gradient(g, x, None, mean, invstd, 0.0)
+    assert float(grad.sum((0, 2, 3)).abs().max()) < 1e-4
+    assert float((grad * x).sum((0, 2, 3)).abs().max()) < 1e-3
+    assert torch.allclose(grad_bias, g.sum((0, 2, 3)), atol=1e-5)
+    xhat = (x - mean.view(1, -1, 1, 1)) * invstd.view(1, -1, 1, 1)
+    assert torch.allclose(grad_weight, (g * xhat).sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    used = torch.tensor([True, True, False, True, True, False])
+    padded = [torch.zeros(6, 5, 3, 3).index_copy(0, used.nonzero()[:, 0], t) for t in (g, x)]
+    masked = reference.batch_norm_gradient(*padded, None, mean, invstd, 0.0, used)
+    assert torch.allclose(masked[0][used], grad, atol=1e-5)
+    assert bool((masked[0][~used] == 0).all())
+    for a, b in zip(masked[1:], (grad_weight, grad_bias), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_gradient_edge_cases():
+    mean, invstd = torch.zeros(3), torch.ones(3)
+    one = reference.batch_norm_gradient(torch.randn(1, 3), torch.randn(1, 3), None, mean, invstd, 1e-5)
+    assert bool((one[0] == 0).all())
+    constant = torch.full((4, 3, 2, 2), 100.0)
+    g = torch.randn(4, 3, 2, 2)
+    grad = reference.batch_norm_gradient(g, constant, None, mean, invstd, 1e-5)[0]
+    assert torch.allclose(grad, g - g.mean((0, 2, 3), keepdim=True), atol=1e-5)
+    none = reference.batch_norm_gradient(g, constant, None, mean, invstd, 1e-5, torch.zeros(4, dtype=torch.bool))
+    assert all(bool((t == 0).all()) for t in none)
+
+
+def test_thresholds_from_batch_norm_are_means_of_rectified_normal_values():
+    weight, bias = torch.tensor([1.0, -2.0, 0.5, 0.0, 0.0, 3.0]), torch.tensor([0.0, 1.0, -1.0, 2.0, -1.0, -9.0])
+    z = torch.randn(200_000, 6, dtype=torch.float64) * weight.abs() + bias
+    for top in (math.inf, 1.5):
+        t = reference.batch_norm_threshold(weight, bias, 6, 1, top, 1)
+        sample = z.clamp(0, top)
+        error = sample.std(0) / math.sqrt(len(sample)) + 1e-6
+        assert bool(((t[0] - sample.mean(0)).abs() < 5 * error).all()), (t, sample.mean(0))
+    assert torch.equal(
+        reference.batch_norm_threshold(None, None, 2, 1, math.inf, 3),
+        torch.full((1, 6), 1 / math.sqrt(2 * math.pi), dtype=torch.float64).float(),
+    )
+    pooled = reference.batch_norm_threshold(None, torch.tensor([0.0, 40.0]), 2, 4, math.inf, 1)[0]
+    assert float(pooled[0]) == pytest.approx(2.2 / math.sqrt(2 * math.pi), rel=0.03)
+    assert float(pooled[1]) == pytest.approx(40, rel=0.03)
+
+
+def test_the_threshold_of_a_sample_depends_on_it_alone():
+    x = torch.randn(5, 7, 40, 33).relu()
+    together = reference.activation_threshold(x, "sample")
+    assert together.shape == (5, 1)
+    for n in range(5):
+        assert torch.equal(reference.activation_threshold(x[n : n + 1], "sample"), together[n : n + 1])
+    assert torch.allclose(together[:, 0], x.flatten(1).mean(1), rtol=1e-5)
+    assert reference.activation_threshold(x, "batch").shape == ()
 
 
 @pytest.mark.parametrize("prune", ["systematic", "bernoulli"])
