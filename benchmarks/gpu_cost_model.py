@@ -22,7 +22,8 @@ LEVELS = ("separate", "today", "ideal")
 
 separate    each is a pass of its own over all rows, as without the optimizing passes; the output is computed a second
             time for the backward
-today       int16 outputs go straight to the bits of the next layer, read twice because the threshold is their mean;
+today       int16 outputs go straight to the bits of the next layer, read twice where the threshold is their mean (once
+            with a threshold of channels, which is known; counted twice);
             below the choice of rows everything has the kept rows only, the output computed again included; one
             epilogue from the integer product to the weight gradient
 ideal       only bits, codes and int32 results move, and nothing is computed again
@@ -144,9 +145,9 @@ def pass_bytes(layer: Layer, level: str) -> float:
     kept_inputs, kept_outputs = kept_sizes(layer)
     if level == "ideal":
         return 0.0
-    # By rows and by channels: a bfloat16 gradient for its range, then for the codes; or, today, a float32 one for the
-    # codes only, since the ranges are measured where it is written.
-    quantize = 2 * ((4 if level == "today" else 2 * 2) * kept_outputs + BITS * kept_outputs / 8)
+    # By rows and by channels: a bfloat16 gradient for its range, then for the codes, and by channels for their sums; or,
+    # today, a float32 one without the first, since the ranges are measured where it is written.
+    quantize = ((3 * 4 if level == "today" else 5 * 2) + 2 * BITS / 8) * kept_outputs
     bits = layer.inputs / 4  # and mask
     if level == "today":
         return 2 * 2 * layer.inputs + bits + quantize + (4 + 4) * kept_inputs + 4 * layer.weights

@@ -60,10 +60,11 @@ def operation_calls(layer: Layer, bits: int = 4) -> Iterator[Call]:
     g = torch.randn(layer.batch, layer.out_channels, *map(int, out_size), generator=random)
     seed = torch.tensor(987654321)
     yield "check_finite", (x, layer.name)
-    yield "activation_threshold", (x,)
-    yield "activation_threshold", (x.bfloat16(),)
-    threshold = REFERENCE["activation_threshold"](x)
-    for t in (None, threshold):
+    for rule in ("sample", "batch"):
+        yield "activation_threshold", (x, rule)
+    yield "activation_threshold", (x.bfloat16(), "sample")
+    threshold = REFERENCE["activation_threshold"](x, "sample")
+    for t in (None, threshold, REFERENCE["activation_threshold"](x, "batch"), x.mean((0, *range(2, x.dim())))[None]):
         yield "pack_activation", (x, t)
     x_bits, mask = REFERENCE["pack_activation"](x, threshold)
     yield "unpack_activation", (x_bits, layer.channels, "sign")
@@ -123,6 +124,9 @@ def gradient_calls(
     by_channel = (g, rows, row_scale, None, None, seed, 6, bits)
     yield "quantize_rows", by_row
     yield "quantize_channels", by_channel
+    for few in (bits, 1):  # without zero on the grid, and where one bit has no room for it
+        yield "quantize_rows", (*by_row[:-1], few, False, None, few == 1)
+        yield "quantize_channels", (*by_channel[:-1], few, False, None, few == 1)
     kept_g = REFERENCE["keep_rows"](g, rows, row_scale)
     yield "quantize_rows", (kept_g, scale, rows, None, seed, 5, bits, True)
     yield "quantize_channels", (kept_g, rows, None, None, None, seed, 6, bits, True)
@@ -159,6 +163,8 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
     operands = [acc, scale, center, width, shift]
     for code, values, below in (("sign", False, True), ("threshold", True, False), ("threshold", False, True)):
         yield "fused_activation", (operands, BATCH_NORM, code, [], values, below)
+    for t, rule in ((None, "batch"), (center[None] - 0.5, "sample")):
+        yield "fused_activation", (operands, BATCH_NORM, "threshold", [], False, True, None, t, rule)
     yield "fused_activation", ([acc, g.bfloat16(), scale], RESIDUAL, "threshold", [], True, True)
     yield "pack_bool", (g > 0,)
     mask = REFERENCE["pack_bool"](g > 0)
@@ -173,7 +179,8 @@ def between_calls(layer: Layer, acc: Tensor, g: Tensor, scale: Tensor) -> Iterat
         return
     y = (acc.float() * scale.view(1, -1, 1, 1)).relu()  # many ties
     for window in ([2, 2, 2, 2, 0, 0], [3, 3, 2, 2, 1, 1]):
-        yield "fused_activation", ([acc, scale, shift], POOLED, "threshold", window, False, True)
+        for t in (None, shift[None]):
+            yield "fused_activation", ([acc, scale, shift], POOLED, "threshold", window, False, True, None, t)
         pool = window[:2], window[2:4], window[4:6]
         grad = torch.randn(*y.shape[:2], *output_size(y.shape[2:], *pool), generator=random)
         yield "max_pool_gradient", (grad, [y], program.VALUES, *pool)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ MAX_PIECES = 64
 GROUPS = 16
 POSITIONS = 64
 CHANNELS = 32
+WORDS = 4
+"""Words of positions per program."""
 
 
 def _group_spec(g: Tensor, groups: int) -> Spec:
@@ -116,18 +120,28 @@ def _picked(known: Tensor, index: Tensor | None, groups: Tensor | None) -> tuple
 # -- quantizing ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Groups:
+    """What quantizes (center, inverse, level) and dequantizes (scale and zero_point, 1/p folded in) every group."""
+
+    center: Tensor
+    inverse: Tensor
+    level: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
 def _groups(
-    g: Tensor, low: Tensor, high: Tensor, fold: Tensor | None, bits: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Zero and inverse step that quantize, and the scale and zero point, with ``fold`` in them, that dequantize."""
+    g: Tensor, low: Tensor, high: Tensor, fold: Tensor | None, bits: int, *, grid: bool, by_row: bool
+) -> Groups:
     groups, pieces = low.shape
     made = _group_spec(g, groups)
-    results = tuple(g.new_empty(groups, dtype=torch.float32) for _ in range(4))
-    operands = (low, high, vector(fold), *results)
-    constants = {"FOLD": fold is not None, "GROUPS": GROUPS, "PIECES": next_power_of_2(pieces)}
-    launch(made, "make_groups", [ceil_div(groups, GROUPS)], *operands, groups, pieces, 2**bits - 1, **constants)
-    zero, inverse, scale, zero_point = results
-    return zero, inverse, scale, zero_point
+    results = Groups(*(g.new_empty(groups, dtype=torch.float32) for _ in range(5)))
+    operands = (low, high, vector(fold), *vars(results).values(), groups, pieces, 2**bits - 1)
+    constants = {"GRID": grid, "BY_ROW": by_row, "FOLD": fold is not None}
+    blocks = {"GROUPS": GROUPS, "PIECES": next_power_of_2(pieces)}
+    launch(made, "make_groups", [ceil_div(groups, GROUPS)], *operands, **constants, **blocks)
+    return results
 
 
 def quantize_rows(
@@ -140,6 +154,7 @@ def quantize_rows(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_rows", bits)
     count, channels, inner = rows.shape[0], g.shape[1], inner_size(g)
@@ -149,14 +164,14 @@ def quantize_rows(
         low, high = _row_extremes(g, factor, kept, compact)
     else:
         low, high = _picked(known, None if compact else kept, kept)
-    zero, inverse, *folded = _groups(g, low, high, row_scale, bits)
+    groups = _groups(g, low, high, row_scale, bits, grid=grid, by_row=True)
     planes = g.new_empty([bits, count, *g.shape[2:], words], dtype=torch.int64)
     made = spec("quantize", bits=bits, offset=offset_type(g.numel(), planes.numel()))
-    operands = (values(g), factor, kept, zero, inverse, seed, stream, planes)
+    operands = (values(g), factor, kept, groups.center, groups.inverse, groups.level, seed, stream, planes)
     sizes = (_samples(g, compact), count, inner, channels, words)
-    grid, flags = (ceil_div(count * inner, PIXELS), words), {"SCALED": factor is not None, "COMPACT": compact}
-    launch(made, "quantize_rows", grid, *operands, *sizes, **flags, PIXELS=PIXELS)
-    return planes, folded[0], folded[1]
+    blocks, flags = (ceil_div(count * inner, PIXELS), words), {"SCALED": factor is not None, "COMPACT": compact}
+    launch(made, "quantize_rows", blocks, *operands, *sizes, **flags, PIXELS=PIXELS)
+    return planes, groups.scale, groups.zero_point
 
 
 def quantize_channels(
@@ -170,6 +185,7 @@ def quantize_channels(
     bits: int,
     compact: bool = False,
     extremes: Tensor | None = None,
+    grid: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     native.require_bits("quantize_channels", bits)
     count, inner, kept = rows.shape[0], inner_size(g), indices(rows)
@@ -181,15 +197,43 @@ def quantize_channels(
         low, high = _channel_extremes(g, kept, factor, chosen, compact)
     else:
         low, high = _picked(known, chosen, chosen)
-    zero, inverse, *folded = _groups(g, low, high, channel_scale, bits)
+    folded = vector(channel_scale)
+    groups = _groups(g, low, high, None if grid else folded, bits, grid=grid, by_row=False)
     lanes = g.new_empty([bits, tiles, words, LANE_TILE], dtype=torch.int64)
+    codes = g.new_empty(words, width, dtype=torch.int32) if grid else None
     made = spec("quantize", bits=bits, offset=offset_type(g.numel(), lanes.numel()))
-    operands = (values(g), kept, factor, chosen, zero, inverse, seed, stream, lanes)
-    sizes = (_samples(g, compact), count, inner, g.shape[1], width, words)
-    flags = {"SCALED": factor is not None, "SUBSET": chosen is not None, "COMPACT": compact}
-    grid = (words, ceil_div(tiles * LANE_TILE, CHANNELS))
-    launch(made, "quantize_channels", grid, *operands, *sizes, **flags, CHANNELS=CHANNELS)
-    return lanes, folded[0], folded[1]
+    gradient, sizes = (values(g), kept, factor, chosen), (_samples(g, compact), count, inner, g.shape[1], width, words)
+    operands = (groups.center, groups.inverse, groups.level, seed, stream, lanes, codes)
+    flags = {"SCALED": factor is not None, "SUBSET": chosen is not None, "COMPACT": compact, "CHANNELS": CHANNELS}
+    blocks = (words, ceil_div(tiles * LANE_TILE, CHANNELS))
+    launch(made, "quantize_channels", blocks, *gradient, *operands, *sizes, GRID=grid, **flags)
+    if codes is None:
+        return lanes, groups.scale, groups.zero_point
+    return lanes, *_exact_zero_points(groups, gradient, codes, folded, sizes, flags)
+
+
+def _exact_zero_points(
+    groups: Groups,
+    gradient: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    codes: Tensor,
+    fold: Tensor | None,
+    sizes: Sequence[int],
+    flags: dict[str, int],
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, with ``fold`` in them, of channels whose ``codes [words, C']`` are added up word by word.
+
+    gradient: values, rows, factors of rows, channels. The values are added up in a kernel of their own, whose loop
+    follows the order that is defined; `quantize_channels` has the positions of a word in parallel.
+    """
+    words, width = codes.shape
+    steps, made = torch.empty_like(codes, dtype=torch.float32), _group_spec(gradient[0], codes.numel())
+    blocks = (ceil_div(words, WORDS), ceil_div(width, CHANNELS))
+    launch(made, "step_sums", blocks, *gradient, groups.center, groups.inverse, steps, *sizes, **flags, WORDS=WORDS)
+    scale, zero_point = (torch.empty_like(groups.scale) for _ in range(2))
+    operands = (gradient[1], gradient[3], fold, groups.center, groups.scale, steps, codes, scale, zero_point)
+    chosen = {"SUBSET": flags["SUBSET"], "FOLD": fold is not None, "ROWS": BLOCK, "CHANNELS": CHANNELS}
+    launch(made, "exact_zero_points", blocks[1:], *operands, *sizes, **chosen, warps=1)
+    return scale, zero_point
 
 
 # -- dequantizing --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from . import native, packing, reference, reference_ops
-from .cpu_forward import CODES, MODES
+from .cpu_forward import CODES, MODES, RULES, threshold_groups
 from .gpu_codegen import Spec, spec
 from .gpu_launch import as_integers, launch, offset_type, values
 from .native import choice, indices, inner_size, nhwc_memory, vector
@@ -24,6 +24,8 @@ PIXELS = 32
 """Pixels per program, of one word of channels each."""
 ROWS = 4
 """Sums of 64 lanes per program."""
+MEANS = 32
+"""Sums of block sums per program."""
 BLOCK = 1024
 """Elements per program."""
 
@@ -39,14 +41,31 @@ def check_finite(x: Tensor, where: str) -> Tensor:
     return x.clone()
 
 
-def activation_threshold(x: Tensor) -> Tensor:
-    mean = x.new_zeros((), dtype=torch.float32)
-    size, blocks = x.numel(), ceil_div(x.numel(), reference.BLOCK)
-    sums = x.new_empty(blocks, dtype=torch.float32)
-    made = spec("activation", code="threshold", offset=offset_type(size))
-    launch(made, "block_sums", [ceil_div(blocks, ROWS)], values(x), sums, size, blocks, BLOCKS=ROWS)
-    launch(made, "mean_of_sums", [min(blocks, 1)], sums, mean, blocks, size, warps=1)
+def activation_threshold(x: Tensor, rule: str) -> Tensor:
+    by_sample = bool(choice("rule", rule, RULES))
+    mean = x.new_empty([x.shape[0], 1] if by_sample else [], dtype=torch.float32)
+    sums, sizes = sums_of_groups(x, mean.numel(), x.numel())
+    made = spec("activation", code="threshold", offset=offset_type(x.numel(), sums.numel()))
+    launch(made, "block_sums", [ceil_div(sums.numel(), ROWS)], values(x), sums, *sizes, BLOCKS=ROWS)
+    mean_of_sums(sums, mean, *sizes[:3])
     return mean
+
+
+def sums_of_groups(like: Tensor, groups: int, elements: int) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Memory for the sums of blocks; the number of groups, their blocks, the size of a group and of a block."""
+    size = elements // max(groups, 1)
+    blocks = ceil_div(size, reference.BLOCK)
+    sizes = (groups, blocks, size, min(size, reference.BLOCK))
+    return like.new_empty([groups, blocks], dtype=torch.float32), sizes
+
+
+def mean_of_sums(sums: Tensor, mean: Tensor, groups: int, blocks: int, size: int) -> None:
+    """Write the mean of every group of ``size`` elements, 0 of an empty one."""
+    if not size:
+        mean.zero_()
+        return
+    made = spec("activation", code="threshold", offset=offset_type(sums.numel()))
+    launch(made, "mean_of_sums", [ceil_div(groups, MEANS)], sums, mean, groups, blocks, size, GROUPS=MEANS, warps=1)
 
 
 def _by_pixel(code: str, x: Tensor) -> tuple[Spec, tuple[int, int], tuple[int, int, int]]:
@@ -61,7 +80,10 @@ def pack_activation(x: Tensor, threshold: Tensor | None, after: Tensor | None = 
     made, grid, sizes = _by_pixel("sign" if threshold is None else "threshold", x)
     shape = [x.shape[0], *x.shape[2:], sizes[-1]]
     bits, mask = (x.new_empty(shape, dtype=torch.int64) for _ in range(2))
-    launch(made, "pack_activation", grid, values(x), vector(threshold), bits, mask, *sizes, PIXELS=PIXELS)
+    by_channel, groups = threshold_groups(threshold, x)
+    inner = sizes[0] // max(groups, 1)
+    operands, flags = (values(x), vector(threshold), bits, mask), {"BY_CHANNEL": by_channel, "PIXELS": PIXELS}
+    launch(made, "pack_activation", grid, *operands, *sizes, inner, **flags)
     return bits, mask
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..errors import UnsupportedInputError
 from . import packing, reference
-from .cpu_forward import CODES
-from .cpu_program import operand_memory
+from .cpu_forward import CODES, RULES
+from .cpu_program import known_threshold, operand_memory
 from .gpu_codegen import spec
 from .gpu_float import BLOCKS, CHANNELS, pixel_grid, window_constants
-from .gpu_forward import PIXELS, ROWS
+from .gpu_forward import PIXELS, ROWS, mean_of_sums, sums_of_groups
 from .gpu_launch import launch, offset_type, values
 from .native import choice, inner_size, vector
 from .ops import empty_nhwc, output_size
@@ -36,8 +36,10 @@ def fused_activation(
     keep_values: bool,
     keep_below: bool,
     after: Tensor | None = None,
+    threshold: Tensor | None = None,
+    rule: str = "sample",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    choice("code", code, CODES)
+    sign, by_sample = bool(choice("code", code, CODES)), bool(choice("rule", rule, RULES))
     memory, (n, channels, *spatial) = operand_memory("fused_activation", operands, text)
     size = [*map(int, output_size(spatial, window[:2], window[2:4], window[4:6]))] if window else spatial
     like, words = memory[0], ceil_div(channels, WORD)
@@ -45,27 +47,28 @@ def fused_activation(
     x = empty_nhwc(like, [n, channels, *size], torch.float32) if keep_values else like.new_empty(0, dtype=torch.float32)
     below = torch.empty_like(bits) if keep_below else bits.new_empty(0)
     pixels, count = bits.numel() // max(words, 1), bits.numel() // max(words, 1) * channels
+    limits = known_threshold(threshold, channels)
     made = spec(
         "fused_activation",
         program=text,
         code=code,
+        known=limits is not None and not sign,
         values=keep_values,
         below=keep_below,
         offset=offset_type(count, bits.numel(), *(o.numel() for o in memory)),
     )
-    images = (*spatial, *size) if window else ()
-    shape = window_constants(window)
-    threshold = None
-    if code == "threshold":
-        threshold, blocks = like.new_zeros((), dtype=torch.float32), ceil_div(count, reference.BLOCK)
-        sums, grid = like.new_empty(blocks, dtype=torch.float32), [ceil_div(blocks, ROWS)]
-        sizes = (count, blocks, channels, *images)
-        launch(made, "program_sums", grid, *memory, x if keep_values else None, sums, *sizes, **shape, BLOCKS=ROWS)
-        mean = spec("activation", code=code, offset=offset_type(count))
-        launch(mean, "mean_of_sums", [min(blocks, 1)], sums, threshold, blocks, count, warps=1)
-    results = (threshold, x if keep_values else None, bits, mask, below if keep_below else None)
-    sizes = (pixels, channels, words, *images)
-    launch(made, "pack_program", pixel_grid(pixels, channels), *memory, *results, *sizes, **shape, PIXELS=PIXELS)
+    images, shape, kept = (*spatial, *size) if window else (), window_constants(window), x if keep_values else None
+    groups = 1
+    if not sign and limits is None:
+        groups = n if by_sample else 1
+        limits = like.new_empty(groups, dtype=torch.float32)
+        sums, sizes = sums_of_groups(like, groups, count)
+        grid, pointers = [ceil_div(sums.numel(), ROWS)], (*memory, kept, sums)
+        launch(made, "program_sums", grid, *pointers, *sizes, channels, *images, **shape, BLOCKS=ROWS)
+        mean_of_sums(sums, limits, *sizes[:3])
+    results = (limits, kept, bits, mask, below if keep_below else None)
+    places = (pixels, channels, words, pixels // max(groups, 1), *images)
+    launch(made, "pack_program", pixel_grid(pixels, channels), *memory, *results, *places, **shape, PIXELS=PIXELS)
     return bits, mask, x, below
 
 

@@ -83,6 +83,7 @@ def test_interpreter_equals_reference(group, record_property):
 def test_offsets_of_64_bits(record_property):
     """What tensors of more than 2**30 elements use."""
     operations = ["pack_activation", "quantize_weight", "quantize_rows", "output_product", "grad_weight_product"]
+    operations += ["activation_threshold", "quantize_channels"]
     operations += ["fused_activation", "max_pool_gradient", "gradient_moments"]
     layers = ["linear-one-row", "3x3-odd-channels", "1x1-stride-2"]
     grid = [str(HERE / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]

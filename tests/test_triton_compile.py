@@ -65,6 +65,7 @@ def assert_expected_instructions(launch: gpu_launch.Launch, made: triton_aot.Com
         assert bool(counts) == (strategy == "popcount")
     if target != "gfx942":
         needed = {"make_groups": "div.rn.f32", "row_norms": "sqrt.rn.f32", "mean_of_sums": "div.rn.f64"}
+        needed |= {"exact_zero_points": "div.rn.f64", "step_sums": "add.f32"}
         needed |= {
             "moments_of_sums": "div.rn.f64",
             "program_product_sums": "add.f64",
@@ -129,8 +130,12 @@ def snapshots() -> list[gpu_codegen.Spec]:
     made += [spec("select", prune=prune) for prune in ("systematic", "bernoulli", "topk")]
     made += [spec("quantize", bits=4, offset="tl.int32"), spec("rows", offset="tl.int64")]
     made += [
-        spec("fused_activation", program=text, code=code, values=values, below=True, offset="tl.int32")
-        for text, code, values in ((POOLED, "threshold", True), (PROGRAMS["prelu"], "sign", False))
+        spec("fused_activation", program=text, code=code, known=known, values=values, below=True, offset="tl.int32")
+        for text, code, known, values in (
+            (POOLED, "threshold", False, True),
+            (PROGRAMS["batch-norm-relu"], "threshold", True, False),
+            (PROGRAMS["prelu"], "sign", False, False),
+        )
     ]
     made.append(spec("fused_gradient", program=GRADIENT_PROGRAMS["recomputed-mask"], offset="tl.int32"))
     made.append(spec("gradient_moments", program=GRADIENT_PROGRAMS["dequantized"], offset="tl.int32"))

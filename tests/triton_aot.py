@@ -27,12 +27,13 @@ POOLED_LAYER = "3x3-odd-channels"
 """Programs with a max-pool have argument lists on this one."""
 NAMED = {text: name for name, text in (PROGRAMS | GRADIENT_PROGRAMS | {"pooled": POOLED}).items()}
 COMPILED_PROGRAMS = {
-    *((PROGRAMS["batch-norm-relu"], *kind) for kind in (("threshold", True), ("threshold", False), ("sign", False))),
-    *((PROGRAMS[name], "threshold", False) for name in ("hardtanh", "prelu")),
-    (POOLED, "threshold", False),
+    *((PROGRAMS["batch-norm-relu"], *kind) for kind in (("threshold", False, True), ("sign", False, False))),
+    *((PROGRAMS["batch-norm-relu"], "threshold", known, False) for known in (False, True)),
+    *((PROGRAMS[name], "threshold", False, False) for name in ("hardtanh", "prelu")),
+    *((POOLED, "threshold", known, False) for known in (False, True)),
 }
-"""Program, code and whether values are kept."""
-VARIANTS = ("COMPACT", "PRODUCT", "MEASURE")
+"""Program, code, whether the threshold is known and whether values are kept."""
+VARIANTS = ("COMPACT", "PRODUCT", "MEASURE", "GRID", "BY_CHANNEL")
 """Flags that lead to other memory accesses: kernels are compiled with each."""
 PLANES = (4, 8, 1)
 """Of gradient codes; single bits only where they are activations or the code 1 of `grad_input_product`."""
@@ -96,13 +97,14 @@ def _wanted(launch: gpu_launch.Launch) -> bool:
     if options.get("epilogue") == "int16":
         return (options["shape"], options["code"]) == ("convolution", "threshold")
     if launch.spec.template == "fused_activation":
-        return (options["program"], options["code"], options["values"]) in COMPILED_PROGRAMS
+        return tuple(options[name] for name in ("program", "code", "known", "values")) in COMPILED_PROGRAMS
     if launch.spec.template == "fused_gradient":
         return bool(options["program"] == GRADIENT_PROGRAMS["recomputed-mask"])
     if launch.spec.template == "gradient_moments":
         return bool(options["program"] == GRADIENT_PROGRAMS["dequantized"])  # the other kinds of operands
     if launch.spec.template == "quantize":  # both numbers of bits, and both places of the operand
-        return bool(options["bits"] == PLANES[not _variant(launch)])
+        flags = dict(launch.constants)
+        return bool(options["bits"] == PLANES[not flags["COMPACT"] and flags.get("GRID", True)])
     if "planes" in options:
         return options["planes"] in PLANES
     return options.get("bits", PLANES[0]) in PLANES[:2]
