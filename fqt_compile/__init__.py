@@ -1,7 +1,6 @@
 """1-bit fully quantized training as a compiler pass: ``torch.compile(model, backend="fqt1bit")``."""
 
 from .backend import fqt1bit
-from .capturable import capturable
 from .compare import Comparison, compare
 from .config import FQTConfig
 from .eager import eager
@@ -14,7 +13,6 @@ __all__ = [
     "FQTConfig",
     "GradientNoise",
     "Report",
-    "capturable",
     "compare",
     "eager",
     "explain",

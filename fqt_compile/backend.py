@@ -22,6 +22,7 @@ from torch._prims_common import is_contiguous_for_memory_format_or_false, is_con
 
 from . import inductor
 from .config import FQTConfig
+from .cumulative import make_traceable
 from .errors import ConfigError
 from .kernels import gpu
 from .kernels.codegen import find_compiler
@@ -34,6 +35,7 @@ from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipelin
 
 CONVOLUTIONS = frozenset({torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default})
 SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*", "kernels/templates/triton/*")
+make_traceable()  # here, since torch.compile imports the backend before it traces
 
 
 @functools.cache

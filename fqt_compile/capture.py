@@ -19,7 +19,6 @@ import torch
 from torch import fx, nn
 
 from .backend import FQTPass, compile_interpreted, parameter_names
-from .capturable import captured_as_capturable
 from .config import FQTConfig
 from .errors import CaptureError
 from .notices import announce, notices
@@ -189,7 +188,7 @@ def _undone(model: Any) -> Iterator[None]:
     module = getattr(model, "__self__", model)
     module = module if isinstance(module, nn.Module) else nn.Module()
     buffers = [(b, b.clone()) for b in module.buffers()]
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), captured_as_capturable(module):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
             yield
         finally:

@@ -24,7 +24,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from . import results
-from .capturable import capturable
 from .checkpoint import (
     FORMAT,
     PLOT,
@@ -156,7 +155,6 @@ def plan(settings: FinetuneSettings) -> dict[str, list[Stage]]:
 def compile_step(model: nn.Module, config: FQTConfig | None) -> results.Step:
     """The compiled ``model``: by Inductor in float32 for ``config`` None, else by the fqt1bit backend."""
     torch.compiler.reset()  # graphs of the previous method would count against Dynamo's recompile limit
-    capturable(model)
     if config is None:
         return torch.compile(model)
     from .backend import fqt1bit
