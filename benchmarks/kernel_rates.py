@@ -121,7 +121,7 @@ def packed_operations(
     """Every native operation of one layer, on the operands a training step gives it."""
     c_in, c_out, size = layer.in_channels, layer.out_channels, [layer.size] * 2
     stride, padding = [layer.stride] * 2, [layer.padding] * 2
-    seed, threshold = torch.tensor(1), OPS["activation_threshold"](x)
+    seed, threshold = torch.tensor(1), OPS["activation_threshold"](x, "sample")
     x_bits, mask = OPS["pack_activation"](x, threshold)
     w_bits, alpha = OPS["quantize_weight"](w, "xnor")
     w_bits_t = OPS["transpose_weight"](w_bits, c_in, c_out)
@@ -140,7 +140,7 @@ def packed_operations(
         "output_product": (x_bits, w_bits, c_in, c_out, "threshold", stride, padding, True),
         "grad_input_product": to_input,
         "grad_weight_product": to_weight,
-        "activation_threshold": (x,),
+        "activation_threshold": (x, "sample"),
         "pack_activation": (x, threshold),
         "apply_mask": (x, mask),
         "quantize_weight": (w, "xnor"),

@@ -121,7 +121,7 @@ def _packed(layer: tuple[int, int, int, int]) -> tuple[float, float]:
     rows = torch.arange(max(1, x.shape[0] // bits), dtype=torch.int32)
 
     def step() -> None:
-        x_bits, mask = run["pack_activation"](x, run["activation_threshold"](x))
+        x_bits, mask = run["pack_activation"](x, run["activation_threshold"](x, "sample"))
         w_bits, alpha = run["quantize_weight"](weight, "xnor")
         run["output_product"](x_bits, w_bits, c_in, c_out, "threshold", *geometry)
         planes, s, z = run["quantize_rows"](g, alpha, rows, None, seed, 1, bits)

@@ -120,7 +120,7 @@ def test_wrong_words_are_refused() -> None:
     with pytest.raises(UnsupportedInputError, match=r"mask.*accepted"):
         cpu.OPERATIONS["apply_mask"](o.x, bits[:5])
     with pytest.raises(UnsupportedInputError, match=r"torch\.int64; accepted"):
-        cpu.OPERATIONS["activation_threshold"](bits)
+        cpu.OPERATIONS["activation_threshold"](bits, "sample")
     with pytest.raises(ConfigError, match="'none', 'xnor'"):
         cpu.OPERATIONS["quantize_weight"](o.weight, "xnro")
 
@@ -148,7 +148,7 @@ def test_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FQT_COMPILE_ISA", "neon")
     instruction_sets._default.cache_clear()
     with pytest.raises(ConfigError, match=r"FQT_COMPILE_ISA: got 'neon'.*portable"):
-        cpu.OPERATIONS["activation_threshold"](torch.ones(1, 1))
+        cpu.OPERATIONS["activation_threshold"](torch.ones(1, 1), "sample")
 
 
 def test_operations_of_the_gpu_check_equal_reference(monkeypatch):
