@@ -46,6 +46,7 @@ def rewrite_forward(
         seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)
     nodes: dict[int, PackedForward] = {}
     for site in packed:
+        site.reread()  # the site before it may have replaced its input
         # The seed rides along with one forward operation, or the partitioner would draw it in the backward.
         nodes[site.index] = _pack_site(emitter.at(site.output, site.name), site, config, None if nodes else seed)
     return nodes, seed

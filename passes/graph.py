@@ -82,11 +82,6 @@ def strip(node: fx.Node, targets: Iterable[object]) -> fx.Node:
     return node
 
 
-def strip_casts(node: fx.Node) -> fx.Node:
-    """The tensor a chain of dtype casts starts from."""
-    return strip(node, CASTS)
-
-
 def root(node: fx.Node) -> fx.Node:
     """The tensor a chain of casts, transposes and views starts from."""
     return strip(node, CASTS | TRANSPOSES | VIEWS)
@@ -174,13 +169,21 @@ def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> Non
     for user in list(node.users):
         if is_call(user, user.target) and user.target in CASTS and value(user).dtype == value(new).dtype:
             user.replace_all_uses_with(new)
-        elif is_call(user, user.target) and user.target in TRANSPOSES | VIEWS:
+        elif _is_moved_and_cast(user, value(new).dtype):
             there = Insertion(insertion.emitter, user, insertion.site)
             # A view of the old value may need a copy of the new one, which is in NHWC memory.
-            target = aten.reshape.default if user.target is aten.view.default else user.target
+            target = aten.reshape.default if user.target is aten.view.default else operator_of(user)
             replace(user, there.call(role, target, new, *arguments(user)[1:]), there, role)
     if any(user.users or user.op == "output" for user in node.users):
         node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
+
+
+def _is_moved_and_cast(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Does ``node`` only move its operand about, for a cast to ``dtype``?"""
+    if node.op != "call_function" or node.target not in TRANSPOSES | VIEWS:
+        return False
+    casts = [user for user in node.users if user.target in CASTS and value(user).dtype == dtype]
+    return bool(casts) or any(_is_moved_and_cast(user, dtype) for user in node.users)
 
 
 def describe(graph: fx.Graph) -> str:

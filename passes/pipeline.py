@@ -20,6 +20,7 @@ from ..kernels import ops  # noqa: F401  (declares torch.ops.fqt)
 from . import (
     activation,
     backward,
+    claims,
     compact,
     decide,
     float_layers,
@@ -76,6 +77,7 @@ class Pass:
 
 def _match(state: State) -> None:
     state.sites = sites.match(state.graph, state.names)
+    claims.claim(state.graph, state.sites)
 
 
 def _decide(state: State) -> None:
@@ -188,7 +190,7 @@ def _no_float_left(state: State) -> str | None:
 
 
 ANALYSES = (
-    Pass("match", _match, ("graph",), "sites"),
+    Pass("match", _match, ("graph",), "sites", lambda state: claims.claimed_once(state.sites)),
     Pass("decide", _decide, ("sites",), "decisions", _decided),
     Pass("activation", _activation, ("decisions",), "codes", _coded),
     Pass("rows", _rows, ("decisions",), "row choice"),
