@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 from torch.fx.experimental.proxy_tensor import maybe_enable_thunkify
 
 aten = torch.ops.aten
@@ -19,6 +20,8 @@ TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int
 VIEWS = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default, aten.clone.default}
 )
+REQUIRES_STRIDES = frozenset({aten.view.default, aten._unsafe_view.default})
+"""Views that not every memory layout allows."""
 COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom")
 
 
@@ -112,21 +115,31 @@ class Emitter:
 
 
 class Insertion:
-    """A position in the graph. Nodes appear in the order of the calls."""
+    """A position in the graph: before ``anchor``, or behind the latest operand where that is defined later.
+
+    What replaces a node reads what the node reads, or what was emitted before it: so it stands before the node's users.
+    """
 
     def __init__(self, emitter: Emitter, anchor: fx.Node, site: str) -> None:
         self.emitter, self.anchor, self.site = emitter, anchor, site
 
     def call(self, role: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Add a call of ``target``. Returns the node, or a tuple of nodes for an operator with several results."""
+        if target in REQUIRES_STRIDES and not is_contiguous_or_false(value(args[0])):
+            target = aten.reshape.default  # an operand traced in one memory format may have become NHWC
         with self.emitter.graph.inserting_before(self.anchor):
             node = self.emitter.graph.call_function(target, args, kwargs)
+        following = self.anchor
+        latest = max(node.all_input_nodes, key=lambda n: n._sort_key, default=None)
+        if latest is not None and latest._sort_key > node._sort_key:
+            following = latest.next
+            following.prepend(node)
         with self.emitter.fake_mode, maybe_enable_thunkify():
             result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
         self._describe(node, result, role)
         if not isinstance(result, tuple | list):
             return node
-        return tuple(self._item(node, i, part, role) for i, part in enumerate(result))
+        return tuple(self._item(node, i, part, role, following) for i, part in enumerate(result))
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
         """Size of a dimension: an int, or a node where it is symbolic."""
@@ -139,8 +152,8 @@ class Insertion:
             return node
         return self.call(role, prims.convert_element_type.default, node, dtype)
 
-    def _item(self, node: fx.Node, i: int, part: Any, role: str) -> fx.Node:
-        with self.emitter.graph.inserting_before(self.anchor):
+    def _item(self, node: fx.Node, i: int, part: Any, role: str, following: fx.Node) -> fx.Node:
+        with self.emitter.graph.inserting_before(following):
             item = self.emitter.graph.call_function(operator.getitem, (node, i))
         self._describe(item, part, role)
         return item
@@ -171,9 +184,7 @@ def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> Non
             user.replace_all_uses_with(new)
         elif _is_moved_and_cast(user, value(new).dtype):
             there = Insertion(insertion.emitter, user, insertion.site)
-            # A view of the old value may need a copy of the new one, which is in NHWC memory.
-            target = aten.reshape.default if user.target is aten.view.default else operator_of(user)
-            replace(user, there.call(role, target, new, *arguments(user)[1:]), there, role)
+            replace(user, there.call(role, operator_of(user), new, *arguments(user)[1:]), there, role)
     if any(user.users or user.op == "output" for user in node.users):
         node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
 
