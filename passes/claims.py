@@ -8,8 +8,9 @@ node (frozen operands, ``no_grad``) carries the number of the node before it. A 
 2. it is a product of the site's weight or input with a gradient of the output's shape (or the sum of that gradient),
 3. it is the only such one, and all of the site's own nodes read the same gradient.
 
-A backward node that has the site's number and reads its operands but fits none of this leaves the gradient unproven:
-the site stays in float with the reason. Layers that share weights, inputs, gradients and shapes differ in their number.
+A backward node that has the site's number and reads its operands but fits none of this leaves the gradient unproven,
+and so does a product without a number where nothing is proven: the site stays in float with the reason.
+Layers that share weights, inputs, gradients and shapes differ in their number.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ def claim(graph: fx.Graph, sites: Sequence[Site]) -> None:
     taken: set[fx.Node] = set()
     for site in sites:
         number = _number(site.output)
-        free = [node for node in numbered[number] if node not in taken]
-        if number is None or any(_claims(site, node) for node in numbered[None] if node.target in PRODUCTS):
-            problem = _unnumbered(site, [node for nodes in numbered.values() for node in nodes])
-        else:
-            problem = _claim(site, free, first[number] is site.output, taken)
+        free = [node for node in numbered[number] if node not in taken] if number is not None else []
+        problem = _claim(site, free, first[number] is site.output, taken)
+        if problem is None and not site.trained:
+            everything = [node for nodes in numbered.values() for node in nodes]
+            problem = _unnumbered(site, everything if number is None else numbered[None])
         site.refusal = site.refusal or problem
 
 
@@ -81,6 +82,7 @@ def _number(node: fx.Node) -> Any:
 
 
 def _unnumbered(site: Site, nodes: Sequence[fx.Node]) -> str | None:
+    """Products whose number does not say whether they are the site's (in the backward of a custom Function)."""
     fitting = [node.name for node in nodes if node.target in PRODUCTS and _claims(site, node)]
     return f"its gradient cannot be told from others: no autograd number on {fitting}" if fitting else None
 

@@ -52,6 +52,18 @@ def is_backward(node: fx.Node) -> bool:
     return bool(node.meta.get("autograd_backward"))
 
 
+def tag_backward(graph: fx.Graph) -> None:
+    """Tag what reads a gradient as backward: AOTAutograd leaves out the backward of a model's own autograd.Function.
+
+    Such nodes carry the ``seq_nr`` of the last forward node, which is not theirs: it is removed.
+    """
+    for node in graph.nodes:
+        untagged = node.op == "call_function" and node.meta.get("partitioner_tag") is None and not is_backward(node)
+        if untagged and any(is_backward(n) for n in node.all_input_nodes):
+            node.meta["partitioner_tag"] = "is_backward"
+            node.meta.pop("seq_nr", None)
+
+
 def is_call(node: object, target: object) -> bool:
     """True if ``node`` calls exactly this operator overload."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target

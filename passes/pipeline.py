@@ -36,7 +36,7 @@ from . import (
     share,
     sites,
 )
-from .graph import describe
+from .graph import describe, tag_backward
 
 FUEL_VARIABLE = "FQT_COMPILE_FUEL"
 
@@ -76,6 +76,7 @@ class Pass:
 
 
 def _match(state: State) -> None:
+    tag_backward(state.graph)
     state.sites = sites.match(state.graph, state.names)
     claims.claim(state.graph, state.sites)
 
