@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -67,13 +66,11 @@ def rewrite_backward(
     emitter = Emitter(graph, "backward")
     shared = Backward(config, seed)
     if choice.cuts:
-        shared.step_rows, pruned = _prune_at_cuts(emitter, choice.cuts, shared)
-        for site in sites:
-            if site.grad_output in pruned:
-                site.grad_output = pruned[site.grad_output]
+        shared.step_rows = _prune_at_cuts(emitter, choice.cuts, shared)
     for site in sites:
         if not site.trained or site.backward is None:
             continue
+        site.reread()  # the cut, and the input gradients of other sites, are replaced
         at = emitter.at(site.backward, site.name)
         rows = shared.step_rows if site.index in choice.below else None
         if not site.packed:
@@ -86,9 +83,7 @@ def rewrite_backward(
     return shared.step_rows
 
 
-def _prune_at_cuts(
-    emitter: Emitter, cuts: Sequence[fx.Node], shared: Backward
-) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+def _prune_at_cuts(emitter: Emitter, cuts: Sequence[fx.Node], shared: Backward) -> fx.Node:
     """Choose the step's rows at the cuts and scale them by 1/p; below, rows not kept are zero."""
     # Before the first use, not after the cut: a cut that is a graph input stands above the seed.
     readers = {user for cut in cuts for user in cut.users}
@@ -99,11 +94,10 @@ def _prune_at_cuts(
         gradient = at.call("importance", aten.cat.default, [_as_rows(at, cut, samples) for cut in cuts], 1)
     importance = at.call("importance", fqt.row_importance.default, gradient, shared.config.importance)
     rows, scale = shared.select(at, importance, STEP_STREAM)
-    pruned: dict[fx.Node, fx.Node] = {}
     for cut in cuts:
-        pruned[cut] = at.call("prune", fqt.prune_rows.default, cut, rows, scale)
-        cut.replace_all_uses_with(pruned[cut], delete_user_cb=readers.__contains__)
-    return rows, pruned
+        pruned = at.call("prune", fqt.prune_rows.default, cut, rows, scale)
+        cut.replace_all_uses_with(pruned, delete_user_cb=readers.__contains__)
+    return rows
 
 
 def _as_rows(at: Insertion, gradient: fx.Node, samples: int | fx.Node) -> fx.Node:
@@ -213,17 +207,9 @@ def _finish_grad_weight(
     args = (grad_hat, forward.weight, forward.weight_scale, config.weight_scale)
     grad = at.call("grad_weight", fqt.weight_gradient.default, *args)
     assert site.grad_weight is not None
-    wanted = tuple(value(site.grad_weight).shape)
-    if site.kind == "linear" and _is_transposed(site, wanted):
+    if site.kind == "linear" and site.input_side == 0:
         grad = at.call("grad_weight", aten.permute.default, grad, [1, 0])
     replace(site.grad_weight, grad, at, "grad_weight")
-
-
-def _is_transposed(site: Site, wanted: tuple[Any, ...]) -> bool:
-    """Does the graph compute x^T g, ``[C_i, C_o]``, rather than g^T x? (Decided by operands: sizes may be equal.)"""
-    assert site.grad_weight is not None
-    assert site.grad_output is not None
-    return arguments(site.grad_weight)[1] is site.grad_output or wanted != site.weight_shape
 
 
 def _replace_grad_bias(at: Insertion, site: Site, g: fx.Node, step_rows: fx.Node | None) -> None:
@@ -325,7 +311,7 @@ def _rewrite_float_linear(at: Insertion, site: Site, g: fx.Node, rows: fx.Node) 
         site.grad_input.replace_all_uses_with(full)
     if site.grad_weight is not None:
         x = at.call("gather", fqt.gather_rows.default, arguments(site.output)[-2], rows)
-        left, right = (x, g) if _is_transposed(site, tuple(value(site.grad_weight).shape)) else (g, x)
+        left, right = (x, g) if site.input_side == 0 else (g, x)
         left = at.call("float_product", aten.permute.default, left, [1, 0])
         site.grad_weight.replace_all_uses_with(at.call("grad_weight", aten.mm.default, left, right))
     if site.grad_bias is not None:

@@ -22,7 +22,19 @@ import torch
 from torch import fx
 
 from .gradients import row_sources
-from .graph import Emitter, Insertion, arguments, aten, is_backward, is_call, operator_of, provenance, value
+from .graph import (
+    REQUIRES_STRIDES,
+    Emitter,
+    Insertion,
+    arguments,
+    aten,
+    is_backward,
+    is_call,
+    operator_of,
+    provenance,
+    strip,
+    value,
+)
 from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands
 
 fqt = torch.ops.fqt
@@ -144,6 +156,8 @@ class _Compaction:
         operands = row_operands(node)
         if operands is None or len(row_sources(node)) != 1:
             return None
+        if node.target in REQUIRES_STRIDES and strip(node, REQUIRES_STRIDES).op == "placeholder":
+            return None  # rows of the view as it is, rather than a view of rows gathered into NHWC memory
         return self._rebuild(at, node, operands)
 
     # -- the end -----------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def rewrite_forward(
         if site.batch_norm is not None and site.batch_norm not in known:
             known[site.batch_norm] = _channel_threshold(emitter, site.batch_norm, site.name)
         limits = None if site.batch_norm is None else known[site.batch_norm]
+        site.reread()  # the site before it may have replaced its input
         # The seed rides along with one forward operation, or the partitioner would draw it in the backward.
         at = emitter.at(site.output, site.name)
         nodes[site.index] = _pack_site(at, site, config, limits, None if nodes else seed)

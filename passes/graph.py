@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._prims_common import is_contiguous_or_false
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -21,6 +22,8 @@ TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int
 VIEWS = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default, aten.clone.default}
 )
+REQUIRES_STRIDES = frozenset({aten.view.default, aten._unsafe_view.default})
+"""Views that not every memory layout allows."""
 COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom")
 
 
@@ -49,6 +52,18 @@ def is_backward(node: fx.Node) -> bool:
     if tag is not None:
         return tag in ("is_backward", "must_be_in_backward")
     return bool(node.meta.get("autograd_backward"))
+
+
+def tag_backward(graph: fx.Graph) -> None:
+    """Tag what reads a gradient as backward: AOTAutograd leaves out the backward of a model's own autograd.Function.
+
+    Such nodes carry the ``seq_nr`` of the last forward node, which is not theirs: it is removed.
+    """
+    for node in graph.nodes:
+        untagged = node.op == "call_function" and node.meta.get("partitioner_tag") is None and not is_backward(node)
+        if untagged and any(is_backward(n) for n in node.all_input_nodes):
+            node.meta["partitioner_tag"] = "is_backward"
+            node.meta.pop("seq_nr", None)
 
 
 def is_call(node: object, target: object) -> bool:
@@ -84,11 +99,6 @@ def strip(node: fx.Node, targets: Iterable[object]) -> fx.Node:
     return node
 
 
-def strip_casts(node: fx.Node) -> fx.Node:
-    """The tensor a chain of dtype casts starts from."""
-    return strip(node, CASTS)
-
-
 def root(node: fx.Node) -> fx.Node:
     """The tensor a chain of casts, transposes and views starts from."""
     return strip(node, CASTS | TRANSPOSES | VIEWS)
@@ -119,27 +129,41 @@ class Emitter:
 
 
 class Insertion:
-    """A position in the graph. Nodes appear in the order of the calls."""
+    """A position in the graph: before ``anchor``, or behind the latest operand where that is defined later.
+
+    What replaces a node reads what the node reads, or what was emitted before it: so it stands before the node's users.
+    """
 
     def __init__(self, emitter: Emitter, anchor: fx.Node, site: str) -> None:
         self.emitter, self.anchor, self.site = emitter, anchor, site
 
     def call(self, role: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Add a call of ``target``. Returns the node, or a tuple of nodes for an operator with several results."""
+        if target in REQUIRES_STRIDES and not is_contiguous_or_false(value(args[0])):
+            target = aten.reshape.default  # an operand traced in one memory format may have become NHWC
         with self.emitter.graph.inserting_before(self.anchor):
             node = self.emitter.graph.call_function(target, args, kwargs)
+        following = self._behind_operands(node)
         with self.emitter.fake_mode, maybe_enable_thunkify():
             result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
         self._describe(node, result, role)
         if not isinstance(result, tuple | list):
             return node
-        return tuple(self._item(node, i, part, role) for i, part in enumerate(result))
+        return tuple(self._item(node, i, part, role, following) for i, part in enumerate(result))
+
+    def _behind_operands(self, node: fx.Node) -> fx.Node:
+        """Move a node that was put before the anchor behind operands defined later; the node that it is before then."""
+        latest = max(node.all_input_nodes, key=lambda n: n._sort_key, default=None)
+        if latest is None or latest._sort_key < node._sort_key:
+            return self.anchor
+        following = latest.next
+        following.prepend(node)
+        return following
 
     def inline(self, role: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Add what ``function(*args)`` computes, decomposed as for Inductor; its results with nodes for tensors."""
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
-
         result_spec: list[Any] = [None]
 
         def call(*tensors: Any) -> list[Any]:
@@ -159,6 +183,7 @@ class Insertion:
             if node.op == "call_function":
                 with self.emitter.graph.inserting_before(self.anchor):
                     known[node] = self.emitter.graph.node_copy(node, known.__getitem__)
+                self._behind_operands(known[node])
                 self._describe(known[node], node.meta["val"], role)
         (output,) = (n for n in traced.graph.nodes if n.op == "output")
         results = [known[r] if isinstance(r, fx.Node) else r for r in arguments(output)[0]]
@@ -175,8 +200,8 @@ class Insertion:
             return node
         return self.call(role, prims.convert_element_type.default, node, dtype)
 
-    def _item(self, node: fx.Node, i: int, part: Any, role: str) -> fx.Node:
-        with self.emitter.graph.inserting_before(self.anchor):
+    def _item(self, node: fx.Node, i: int, part: Any, role: str, following: fx.Node) -> fx.Node:
+        with self.emitter.graph.inserting_before(following):
             item = self.emitter.graph.call_function(operator.getitem, (node, i))
         self._describe(item, part, role)
         return item
@@ -205,13 +230,19 @@ def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> Non
     for user in list(node.users):
         if is_call(user, user.target) and user.target in CASTS and value(user).dtype == value(new).dtype:
             user.replace_all_uses_with(new)
-        elif is_call(user, user.target) and user.target in TRANSPOSES | VIEWS:
+        elif _is_moved_and_cast(user, value(new).dtype):
             there = Insertion(insertion.emitter, user, insertion.site)
-            # A view of the old value may need a copy of the new one, which is in NHWC memory.
-            target = aten.reshape.default if user.target is aten.view.default else user.target
-            replace(user, there.call(role, target, new, *arguments(user)[1:]), there, role)
+            replace(user, there.call(role, operator_of(user), new, *arguments(user)[1:]), there, role)
     if any(user.users or user.op == "output" for user in node.users):
         node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
+
+
+def _is_moved_and_cast(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Does ``node`` only move its operand about, for a cast to ``dtype``?"""
+    if node.op != "call_function" or node.target not in TRANSPOSES | VIEWS:
+        return False
+    casts = [user for user in node.users if user.target in CASTS and value(user).dtype == dtype]
+    return bool(casts) or any(_is_moved_and_cast(user, dtype) for user in node.users)
 
 
 def describe(graph: fx.Graph) -> str:

@@ -21,6 +21,7 @@ from . import (
     activation,
     backward,
     batch_norm,
+    claims,
     compact,
     decide,
     float_layers,
@@ -36,7 +37,7 @@ from . import (
     share,
     sites,
 )
-from .graph import describe
+from .graph import describe, tag_backward
 
 FUEL_VARIABLE = "FQT_COMPILE_FUEL"
 
@@ -76,7 +77,9 @@ class Pass:
 
 
 def _match(state: State) -> None:
+    tag_backward(state.graph)
     state.sites = sites.match(state.graph, state.names)
+    claims.claim(state.graph, state.sites)
 
 
 def _decide(state: State) -> None:
@@ -195,7 +198,7 @@ def _no_float_left(state: State) -> str | None:
 
 
 ANALYSES = (
-    Pass("match", _match, ("graph",), "sites"),
+    Pass("match", _match, ("graph",), "sites", lambda state: claims.claimed_once(state.sites)),
     Pass("decide", _decide, ("sites",), "decisions", _decided),
     Pass("activation", _activation, ("decisions",), "codes", _coded),
     Pass("rows", _rows, ("decisions",), "row choice"),

@@ -2,20 +2,21 @@
 
 Facts about a joint ATen graph this relies on (torch 2.14): ``aten.convolution`` and
 ``aten.convolution_backward`` stay whole; a linear layer is ``addmm`` or ``mm`` over the transposed weight,
-its backward two ``mm`` around transposes and a ``sum``. Forward and backward nodes are paired structurally
-(same input, same weight), through dtype casts; ``seq_nr`` only breaks ties, as when a weight is used twice.
+its backward two ``mm`` around transposes and a ``sum``. Which backward nodes are a layer's own: `claims`.
+
+A site's operands are what its own nodes read. Rewriting a neighbour replaces such an operand, and with it the
+argument of the node that reads it: whoever rewrites calls `Site.reread` first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
-from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, is_backward, is_call, root, strip, strip_casts, value
+from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, is_backward, provenance, strip, value
 from .threshold import BatchNormThreshold
 
 LINEAR = frozenset({aten.addmm.default, aten.mm.default})
@@ -27,6 +28,7 @@ class Site:
 
     ``weight`` is the parameter itself (casts stripped), ``[C_o, C_i, *kernel]``, or ``[C_i, C_o]`` where
     ``weight_is_transposed`` (a plain ``x @ W``). ``grad_*`` are None where the graph does not compute them.
+    ``input_side``: which operand of a linear layer's ``grad_weight`` product is the input: 1 in g^T x, 0 in x^T g.
     ``rows_are_tokens``: a linear layer over more than one leading axis, whose rows attention may mix.
     ``decision``, ``reason``, ``activation``, ``threshold`` (``channel``, ``sample`` or ``batch``; None for the sign
     code) and ``batch_norm`` (what a threshold per channel is made from) are filled by later passes.
@@ -51,6 +53,7 @@ class Site:
     grad_input: fx.Node | None = None
     grad_weight: fx.Node | None = None
     grad_bias: fx.Node | None = None
+    input_side: int = 1
     refusal: str | None = None
     decision: str = "float"
     reason: str = ""
@@ -83,13 +86,18 @@ class Site:
 
     @property
     def trained(self) -> bool:
-        """True if the graph computes a gradient that the backward rewrite replaces."""
-        return self.grad_input is not None or self.grad_weight is not None
+        """True if the graph computes a gradient of this layer."""
+        return any(grad is not None for grad in (self.grad_input, self.grad_weight, self.grad_bias))
+
+    def reread(self) -> None:
+        """Take the operands from the layer's own nodes again: those of neighbours may have been replaced."""
+        self.x, self.weight, self.bias = _operands(self.output)
+        if self.trained:
+            self.grad_output = _gradient(self)
 
 
 def match(graph: fx.Graph, names: Sequence[str | None]) -> list[Site]:
     """All sites in forward order. ``names[i]`` is the module path of Dynamo input i, if it is a parameter."""
-    backward = [n for n in graph.nodes if n.op == "call_function" and is_backward(n)]
     sites: list[Site] = []
     seen: dict[str, int] = {}
     for node in graph.nodes:
@@ -102,9 +110,6 @@ def match(graph: fx.Graph, names: Sequence[str | None]) -> list[Site]:
         seen[name] = seen.get(name, 0) + 1
         site.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
         sites.append(site)
-    taken: set[fx.Node] = set()
-    for site in sites:
-        _match_backward(site, backward, taken)
     return sites
 
 
@@ -117,30 +122,33 @@ def _match_forward(node: fx.Node, index: int) -> Site | None:
 
 
 def _match_convolution(node: fx.Node, index: int) -> Site:
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = arguments(node)
-    spatial = len(stride)
+    x, weight, bias = _operands(node)
+    stride, padding, dilation, transposed, _, groups = arguments(node)[3:]
+    spatial = value(weight).dim() - 2
     return Site(
         index=index,
         name="",
         kind=f"conv{'_transpose' if transposed else ''}{spatial}d",
         output=node,
-        x=strip_casts(x),
-        weight=strip_casts(weight),
-        bias=bias if bias is None else strip_casts(bias),
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
+        x=x,
+        weight=weight,
+        bias=bias,
+        stride=_per_axis(stride, spatial),
+        padding=_per_axis(padding, spatial),
+        dilation=_per_axis(dilation, spatial),
         transposed=transposed,
         groups=groups,
     )
 
 
+def _per_axis(sizes: Sequence[int], spatial: int) -> tuple[int, ...]:
+    """One entry for each axis, where ATen accepts one for all (``padding="valid"`` is [0])."""
+    return tuple(sizes) * spatial if len(sizes) == 1 else tuple(sizes)
+
+
 def _match_linear(node: fx.Node, index: int) -> Site | None:
     """A matrix product whose right operand is a graph input (a parameter), transposed or not."""
-    *bias, x, operand = arguments(node)
-    plain = strip_casts(operand)
-    transposed = plain.op == "call_function" and plain.target in TRANSPOSES
-    weight = strip_casts(arguments(plain)[0]) if transposed else plain
+    x, weight, bias = _operands(node)
     if weight.op != "placeholder" or value(weight).dim() != 2:
         return None
     site = Site(
@@ -148,10 +156,10 @@ def _match_linear(node: fx.Node, index: int) -> Site | None:
         name="",
         kind="linear",
         output=node,
-        x=strip_casts(x),
+        x=x,
         weight=weight,
-        bias=strip_casts(bias[0]) if bias else None,
-        weight_is_transposed=not transposed,
+        bias=bias,
+        weight_is_transposed=_through_casts(arguments(node)[-1]) is weight,
         rows_are_tokens=_rows_are_tokens(x),
     )
     if node.kwargs:
@@ -181,99 +189,46 @@ def _site_name(site: Site, names: Sequence[str | None]) -> str:
     return str(list(stack.values())[-1][0]) if stack else site.weight.name
 
 
-# -- backward ------------------------------------------------------------------------------------------------
+# -- operands ------------------------------------------------------------------------------------------------
 
 
-def _match_backward(site: Site, backward: list[fx.Node], taken: set[fx.Node]) -> None:
-    if site.output.target is aten.convolution.default:
-        _match_convolution_backward(site, backward, taken)
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Input, weight and bias of a layer's forward node."""
+    if node.target is aten.convolution.default:
+        x, weight, bias = arguments(node)[:3]
     else:
-        _match_linear_backward(site, backward, taken)
+        *first, x, weight = arguments(node)
+        bias = first[0] if first else None
+        plain = _through_casts(weight)
+        weight = arguments(plain)[0] if plain.op == "call_function" and plain.target in TRANSPOSES else plain
+    return _through_casts(x), _through_casts(weight), None if bias is None else _through_casts(bias)
 
 
-def _choose(site: Site, candidates: list[fx.Node], taken: set[fx.Node]) -> fx.Node | None:
-    """The one candidate; the forward node's ``seq_nr`` breaks ties. Records a refusal if it cannot."""
-    free = [n for n in candidates if n not in taken]
-    if len(free) > 1:
-        free = [n for n in free if n.meta.get("seq_nr") == site.output.meta.get("seq_nr")]
-        if len(free) != 1:
-            site.refusal = f"{len(candidates)} backward nodes fit this layer and none can be told apart"
-            return None
-    if not free:
-        return None
-    taken.add(free[0])
-    return free[0]
-
-
-def _match_convolution_backward(site: Site, backward: list[fx.Node], taken: set[fx.Node]) -> None:
-    x, weight = arguments(site.output)[0], arguments(site.output)[1]
-    fits = [
-        n
-        for n in backward
-        if is_call(n, aten.convolution_backward.default)
-        and strip_casts(arguments(n)[1]) is strip_casts(x)
-        and strip_casts(arguments(n)[2]) is strip_casts(weight)
-    ]
-    node = _choose(site, fits, taken)
-    if node is None:
-        return
-    site.backward, site.grad_output = node, arguments(node)[0]
-    for item in node.users:
-        if item.users:
-            setattr(site, ("grad_input", "grad_weight", "grad_bias")[arguments(item)[1]], item)
-
-
-def _match_linear_backward(site: Site, backward: list[fx.Node], taken: set[fx.Node]) -> None:
-    x, weight = arguments(site.output)[-2], site.weight
-    products = [n for n in backward if n.target is aten.mm.default]
-    to_input = [n for n in products if root(arguments(n)[1]) is weight and _fits(n, value(site.x))]
-    site.grad_input = _choose(site, to_input, taken)
-    to_weight = [n for n in products if _weight_operand(n, x) is not None]
+def _gradient(site: Site) -> fx.Node:
+    """The gradient of a trained site's output, as one of its own backward nodes reads it."""
+    if site.kind != "linear":
+        assert site.backward is not None
+        return _first(site.backward)
     if site.grad_input is not None:
-        same = root(arguments(site.grad_input)[0])
-        to_weight = [n for n in to_weight if root(arguments(n)[1 - _weight_operand(n, x)]) is same] or to_weight  # type: ignore[operator]
-    site.grad_weight = _choose(site, to_weight, taken)
-    if site.grad_input is not None:
-        site.grad_output = arguments(site.grad_input)[0]
-    elif site.grad_weight is not None:
-        side = _weight_operand(site.grad_weight, x)
-        assert side is not None
-        other = arguments(site.grad_weight)[1 - side]
-        # grad_weight = g^T x (side 1) or x^T g (side 0): g itself is under the transpose only in the first.
-        site.grad_output = strip(other, CASTS | TRANSPOSES) if side == 1 else other
-    if site.grad_output is not None and site.bias is not None:
-        site.grad_bias = _bias_sum(site, backward)
-    site.backward = _earliest(site, backward)
+        return _first(site.grad_input)
+    if site.grad_weight is None:
+        assert site.grad_bias is not None
+        return _first(site.grad_bias)
+    g: fx.Node = arguments(site.grad_weight)[1 - site.input_side]
+    return _through(g, CASTS | TRANSPOSES) if site.input_side == 1 else g
 
 
-def _fits(node: fx.Node, x: torch.Tensor) -> bool:
-    return _same(value(node).shape[-1], x.shape[-1])
+def _first(node: fx.Node) -> fx.Node:
+    first: fx.Node = arguments(node)[0]
+    return first
 
 
-def _weight_operand(node: fx.Node, x: fx.Node) -> int | None:
-    """Which operand of a backward ``mm`` is the layer's input: 1 in g^T x, 0 in x^T g."""
-    target = strip(x, CASTS | VIEWS)
-    if strip(arguments(node)[1], CASTS | VIEWS) is target:
-        return 1
-    left = strip_casts(arguments(node)[0])
-    if left.op == "call_function" and left.target in TRANSPOSES and strip(arguments(left)[0], CASTS | VIEWS) is target:
-        return 0
-    return None
+def _through_casts(node: fx.Node) -> fx.Node:
+    return _through(node, CASTS)
 
 
-def _bias_sum(site: Site, backward: list[fx.Node]) -> fx.Node | None:
-    """The ``sum`` over rows of this site's gradient."""
-    assert site.grad_output is not None
-    g = strip_casts(site.grad_output)
-    sums = [
-        n
-        for n in backward
-        if is_call(n, aten.sum.dim_IntList) and strip_casts(arguments(n)[0]) is g and list(arguments(n)[1]) == [0]
-    ]
-    return sums[0] if len(sums) == 1 else None
-
-
-def _earliest(site: Site, backward: list[fx.Node]) -> fx.Node | None:
-    """The site's first backward node in graph order: where its replacement is inserted."""
-    own = {site.grad_input, site.grad_weight, site.grad_bias} - {None}
-    return next((n for n in backward if n in own), None)
+def _through(node: fx.Node, targets: Collection[object]) -> fx.Node:
+    """Like `strip`, but a cast made by a pass stays: it rounds a replaced value where the model did."""
+    while node.op == "call_function" and node.target in targets and provenance(node) is None:
+        node = _first(node)
+    return node
