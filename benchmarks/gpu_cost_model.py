@@ -145,7 +145,7 @@ def pass_bytes(layer: Layer, level: str) -> float:
     kept_inputs, kept_outputs = kept_sizes(layer)
     if level == "ideal":
         return 0.0
-    # By rows and by channels: a bfloat16 gradient for its range, then for the codes, and by channels for their sums; or,
+    # By rows and by channels: a bfloat16 gradient for its range, for the codes, and by channels for their sums; or,
     # today, a float32 one without the first, since the ranges are measured where it is written.
     quantize = ((3 * 4 if level == "today" else 5 * 2) + 2 * BITS / 8) * kept_outputs
     bits = layer.inputs / 4  # and mask

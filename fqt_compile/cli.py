@@ -41,7 +41,7 @@ Bits = Annotated[int | None, typer.Option(help="Gradient bits, 1 to 8.")]
 Keep = Annotated[float | None, typer.Option(help="Kept fraction of gradient rows; 1 / bits unless given.")]
 Scope = Annotated[str | None, typer.Option(help="Rows chosen once per 'step' or per 'layer'.")]
 Grad = Annotated[str | None, typer.Option(help="'fqt', 'exact' or 'psq'.")]
-Preset = Annotated[str | None, typer.Option(help="'default' or 'paper'.")]
+Preset = Annotated[str | None, typer.Option(help="'default', 'paper' or 'v1' (the estimator of version 0.1).")]
 Option = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="NAME=VALUE", help="Any field of FQTConfig; repeatable; lists as a,b."),
@@ -204,6 +204,7 @@ def compare(
     size: Size = 32,
     batch: Batch = 8,
     classes: Classes = 10,
+    seeds: Annotated[int, typer.Option(help="For bias and variance of the gradients; 0 leaves them out.", min=0)] = 8,
     bits: Bits = None,
     keep: Keep = None,
     scope: Scope = None,
@@ -218,7 +219,9 @@ def compare(
     model, images = _model_and_images(arch, size, batch, classes)
     from .compare import compare as make_comparison
 
-    print(make_comparison(model, images, config=config))
+    if seeds == 1:
+        raise ConfigError("--seeds: got 1; accepted: 0, or at least 2 for a variance")
+    print(make_comparison(model, images, config=config, seeds=seeds))
 
 
 @app.command()

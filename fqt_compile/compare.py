@@ -27,6 +27,7 @@ from .capture import run_captured
 from .config import FQTConfig
 from .eager import eager
 from .errors import CaptureError, ConfigError
+from .noise import GradientNoise, measure
 from .passes.graph import Provenance, provenance
 from .passes.pipeline import UNOPTIMIZED, analyse, run_pipeline
 
@@ -65,11 +66,15 @@ class SiteComparison:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`. ``losses``: by run. ``sites``: the packed layers in forward order."""
+    """The result of `compare`. ``losses``: by run. ``sites``: the packed layers in forward order.
+
+    noise: the gradients against exact ones (`gradient_noise`); None where they are exact, or with ``seeds=0``.
+    """
 
     losses: dict[str, float]
     sites: list[SiteComparison]
     largest_native_difference: float
+    noise: GradientNoise | None = None
 
     @property
     def native_equals_reference(self) -> bool:
@@ -88,6 +93,8 @@ class Comparison:
         console.print(
             f"native kernels equal the reference bit for bit: {'yes' if self.native_equals_reference else 'NO'}"
         )
+        if self.noise is not None:
+            console.print(self.noise.render())
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     def render(self) -> Table:
@@ -113,8 +120,11 @@ def compare(
     config: FQTConfig | Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    seeds: int = 8,
 ) -> Comparison:
     """Run one forward and backward of ``loss(model(*args))`` in every way and compare layer by layer.
+
+    seeds: of `gradient_noise`, bias and variance of the gradients on these inputs; 0 leaves it out.
 
     loss: maps the model's output to a scalar; default: mean of squares of the first tensor. Parameters' ``grad``,
     buffers and the random state are left as they were.
@@ -137,7 +147,10 @@ def compare(
     sites = [
         _compare_site(name, code, differences, plain, floats, gradients) for name, code in run.packed_sites.items()
     ]
-    return Comparison(losses, sites, max(differences.values(), default=0.0))
+    noise = None
+    if seeds and sites and settings.grad != "exact":
+        noise = measure(model, [(args, kwargs or {}, ())], settings, range(seeds), loss or _mean_square)
+    return Comparison(losses, sites, max(differences.values(), default=0.0), noise)
 
 
 class _Runs:

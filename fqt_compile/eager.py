@@ -119,10 +119,11 @@ class _LayerMode(TorchFunctionMode):
         if layer is FloatLayer and not self.step.prunes_once and self.step.config.float_dtype == "float32":
             return func(*args, **kwargs)
         shape = call.x.shape
-        x = call.x.reshape(-1, shape[-1]) if call.geometry.kind == "linear" else call.x
+        flattens = call.geometry.kind == "linear" and call.x.dim() != 2
+        x = call.x.reshape(-1, shape[-1]) if flattens else call.x
         output = layer.apply(x, call.weight, call.bias, call.geometry, site, self.next - 1, self.step)
         self.step.record(output, site)
-        return output.unflatten(0, shape[:-1]) if call.geometry.kind == "linear" else output
+        return output.unflatten(0, shape[:-1]) if flattens else output
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """By `BatchNormLayer` where this batch's statistics are used and kept rows may come back."""
