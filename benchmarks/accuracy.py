@@ -41,12 +41,16 @@ BATCH = 64
 def read(part: str, size: int) -> tuple[Tensor, Tensor]:
     """Images in [0, 1] ``[N, 1, size, size]`` and labels of ``train`` or ``t10k``."""
     images, labels = (
-        torch.frombuffer(bytearray(gzip.open(FOLDER / f"{part}-{kind}-ubyte.gz").read()), dtype=torch.uint8)[skip:]
-        for kind, skip in (("images-idx3", 16), ("labels-idx1", 8))
+        _bytes(f"{part}-{kind}-ubyte.gz")[skip:] for kind, skip in (("images-idx3", 16), ("labels-idx1", 8))
     )
     pixels = images.view(-1, 1, 28, 28).float() / 255
     mode = "area" if size < 28 else "bilinear"
     return nn.functional.interpolate(pixels, size=(size, size), mode=mode), labels.long()
+
+
+def _bytes(name: str) -> Tensor:
+    with gzip.open(FOLDER / name) as file:
+        return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
 
 
 def train(method: str, arguments: argparse.Namespace, seed: int, data: tuple[Tensor, ...]) -> dict[str, Any]:

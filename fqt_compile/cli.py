@@ -101,9 +101,9 @@ def finetune(
     qat_epochs: Annotated[int, typer.Option(help="Stage 1: pre-training, exact gradients.", min=0)] = 3,
     epochs: Annotated[int, typer.Option(help="Stage 2: fine-tuning, quantized gradients.", min=1)] = 3,
     batch: Batch = 64,
-    qat_lr: Annotated[float, typer.Option(help="Learning rate of the body in stage 1.")] = 1e-3,
-    lr: Annotated[float, typer.Option(help="The same in stage 2 (the paper fine-tunes with 1e-5).")] = 3e-4,
-    head_lr: Annotated[float, typer.Option(help="Learning rate of the last linear layer.")] = 1e-3,
+    qat_lr: Annotated[float, typer.Option(help="Learning rate of the body in stage 1.")] = 3e-3,
+    lr: Annotated[float, typer.Option(help="The same in stage 2 (the paper fine-tunes with 1e-5).")] = 1e-3,
+    head_lr: Annotated[float, typer.Option(help="Learning rate of the last linear layer.")] = 3e-3,
     weight_decay: Annotated[float, typer.Option(help="Adam's weight decay.")] = 1e-5,
     recalibrate: Annotated[
         int, typer.Option(help="Batches that BatchNorm's statistics are measured on before an evaluation.", min=0)

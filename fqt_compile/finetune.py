@@ -88,9 +88,9 @@ class FinetuneSettings:
     qat_epochs: int = 3
     epochs: int = 3
     batch: int = 64
-    qat_lr: float = 1e-3
-    lr: float = 3e-4
-    head_lr: float = 1e-3
+    qat_lr: float = 3e-3
+    lr: float = 1e-3
+    head_lr: float = 3e-3
     weight_decay: float = 1e-5
     recalibrate: int = 8
     seed: int = 0
