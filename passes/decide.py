@@ -22,8 +22,8 @@ def decide(sites: Sequence[Site], config: FQTConfig, fuel: int | None = None) ->
     packed = 0
     for site in sites:
         reason = (
-            site.refusal
-            or unsupported(site, config)
+            unsupported(site, config)
+            or site.refusal
             or skipped(site, sites, config.skip)
             or narrow(site, config.min_channels)
             or (slow(site, config) if "slow" in config.skip else None)
