@@ -1,4 +1,4 @@
-"""Are the gradients right? Bias and variance against exact ones, where rows are chosen, predictions that stand alone."""
+"""Are the gradients right? Their bias and variance, where rows are chosen, and predictions that stand alone."""
 
 from __future__ import annotations
 
