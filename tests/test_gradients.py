@@ -147,7 +147,11 @@ def test_the_place_of_the_cut(cut, where):
 
 
 @pytest.mark.parametrize("options", [{}, {"cut": "output"}, {"batch_norm": "drop", "cut": "layer"}], ids=str)
-@pytest.mark.parametrize("build", [lambda: TwoHeads(nn.BatchNorm1d), lambda: Summed(nn.BatchNorm1d), Summed], ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [lambda: TwoHeads(nn.BatchNorm1d), lambda: Summed(nn.BatchNorm1d), Summed],
+    ids=["two heads, norm", "summed, norm", "summed"],
+)
 def test_compiled_equals_eager_for_heads_and_norms(build, options):
     """One rule for the cut in eager FQT and in the passes: equal but for the rounding of BatchNorm."""
     torch.manual_seed(2)
