@@ -228,3 +228,31 @@ def test_a_prediction_is_the_same_alone_in_any_batch_and_beside_outliers(name):
         beside = step(torch.cat([x[:4], 10 * x[4:]]))[:4]
     assert float((full[:4] - alone).abs().max() / full.abs().max()) < 1e-5
     assert float((full[:4] - beside).abs().max() / full.abs().max()) < 1e-5
+
+
+class Branches(nn.Module):
+    """A packed layer shares its gradient with a float one, or with a skip connection (``plain``)."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.plain = plain
+        self.stem, self.a, self.b = (nn.Linear(64, 64) for _ in range(3))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        h = torch.relu(self.stem(x))
+        return self.head(torch.relu((h if self.plain else self.b(h)) + self.a(h)))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_shared_gradient_is_pruned_for_all_of_its_readers(plain):
+    """In eager FQT as in the graph, which has one value there; bit for bit."""
+    torch.manual_seed(0)
+    model, (x, y) = Branches(plain), (torch.randn(16, 64), torch.randint(0, 10, (16,)))
+    options = {"skip": ("first", "last", "b")}
+    eager = fqt_compile.eager(model, options)
+    eager(x)
+    expected = step_gradients(eager, x, y)[1]
+    step = torch.compile(model, backend="fqt1bit", options={**options, "lowering": "eager"})
+    for name, gradient in step_gradients(step, x, y)[1].items():
+        assert torch.equal(gradient, expected[name]), name
