@@ -143,7 +143,7 @@ def test_vgg_has_no_float_activation_between_packed_layers():
     assert behind_the_last == []
     after = operations(graph.stages["layout"])
     assert after["fqt.fused_activation"] == 4
-    assert after["fqt.channel_moments"] == 4
+    assert after["fqt.channel_moments"] == 4 + 4  # and those of the kept rows
     assert after["fqt.grad_weight"] == 4
     assert after["fqt.activation_threshold"] == after["fqt.weight_gradient"] == 0
 
@@ -160,15 +160,16 @@ def test_programs_fold_batch_norm_and_pool(options):
 
 
 def test_the_backward_is_fused_with_and_without_compaction():
-    # With pruning, the rows of the last layer are chosen from its own gradient: nothing lies in between.
-    for options, quantizers in (({}, 6), ({"keep": 1}, 8)):
+    # With pruning, the stem's statistics are taken once more, of the kept rows.
+    for options, quantizers, statistics in (({}, 8, 2), ({"keep": 1}, 8, 1)):
         graph = captured(small_vgg(10), images(), **options)
         after = operations(graph.stages["layout"])
         assert after["fqt.max_pool_gradient"] == 2
         assert after["fqt.gradient_moments"] == 5
-        assert after["fqt.float_moments"] == 1  # of the stem
-        assert after["aten.scatter_add"] == after["aten.where.self"] == after["aten.var_mean.correction"] == 0
+        assert after["fqt.float_moments"] == statistics  # of the stem
+        assert after["aten.scatter_add"] == after["aten.var_mean.correction"] == 0
         lines = graph.stages["layout"].splitlines()
+        assert not [line for line in lines if re.match(r"\w+: \w+\[\d+, \d+, \d+, \d+\] = aten.where", line)]
         measured = [line for line in lines if "fqt.quantize_" in line and line.count("getitem") >= 3]
         assert len([line for line in measured if re.search(r"(True|False), getitem_\d+\)", line)]) == quantizers
 
@@ -178,11 +179,12 @@ def programs_of(graph: CapturedGraph, template: str) -> list[str]:
 
 
 def test_what_sums_pools_and_pointwise_operators_read_is_not_written():
-    for options in ({}, {"keep": 1}):
+    # With pruning, one more value is written: the gradient that rows are chosen by.
+    for options, written in (({}, 6), ({"keep": 1}, 5)):
         graph = captured(small_vgg(10), images(), **options)
         after = operations(graph.stages["layout"])
         assert after["fqt.dequantize_grad_input"] == 2  # a max-pool's gradient reads it several times
-        assert after["fqt.fused_gradient"] == 5  # of BatchNorm: the input of every convolution's gradient
+        assert after["fqt.fused_gradient"] == written  # of BatchNorm: the input of every convolution's gradient
         sums, pools = programs_of(graph, "gradient_moments"), programs_of(graph, "max_pool_gradient")
         assert sorted("map" in text for text in sums) == [False, False, False, True, True]
         assert pools == ["full,channel,channel|t0=mul(x0,x1)|t1=add(t0,x2)|t2=relu(t1)"] * 2
