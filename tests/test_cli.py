@@ -108,7 +108,7 @@ def fake_modules(monkeypatch):
     """Stand-ins for explain and compare, which have their own tests; the calls they received."""
     calls = []
 
-    def received(model, *inputs, config):
+    def received(model, *inputs, config, seeds=8):
         calls.append((model, inputs, config))
         return FakeReport()
 
