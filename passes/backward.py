@@ -22,6 +22,7 @@ from ..config import FQTConfig
 from ..kernels.noise import STEP_STREAM, Role, stream_of
 from .forward import PackedForward
 from .graph import Emitter, Insertion, arguments, aten, replace, value
+from .local import same
 from .rows import RowChoice
 from .sites import Site
 
@@ -109,8 +110,8 @@ def _as_rows(at: Insertion, gradient: fx.Node, samples: int | fx.Node) -> fx.Nod
 def _has_sample_rows(site: Site, choice: RowChoice) -> bool:
     """A float site below the cut runs on the kept rows only if its rows are the cut's samples."""
     assert site.grad_output is not None
-    same = value(site.grad_output).shape[0] == value(choice.cuts[0]).shape[0]
-    return bool(same) and not site.rows_are_tokens and site.refusal is None
+    rows = value(site.grad_output).shape[0]
+    return same(rows, value(choice.cuts[0]).shape[0]) and not site.rows_are_tokens and site.refusal is None
 
 
 # -- packed gradients ----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from ..kernels import reference
 from .graph import Emitter, arguments, aten, is_call, provenance, value
+from .local import same
 
 fqt = torch.ops.fqt
 FORWARD = frozenset(
@@ -51,7 +52,7 @@ def mixes_samples(node: fx.Node, samples: Any) -> bool:
     if not is_call(node, BACKWARD):
         return False
     _, x, _, _, _, _, _, training, *_ = arguments(node)
-    return bool(training) and bool(value(x).shape[0] == samples)
+    return bool(training) and same(value(x).shape[0], samples)
 
 
 def project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:

@@ -21,6 +21,7 @@ from torch import fx
 
 from . import batch_norm
 from .graph import is_backward, is_tensor, value
+from .local import same
 from .sites import Site
 
 T = TypeVar("T", bound=Hashable)
@@ -86,11 +87,11 @@ def choose_rows(graph: fx.Graph, sites: Sequence[Site], cut: str) -> RowChoice:
     tokens = [s.name for s in packed if s.rows_are_tokens]
     if tokens:
         return RowChoice((), f"the rows of {tokens[0]} are tokens, which are not independent samples")
-    samples = {value(s.grad_output).shape[0] for s in packed if s.grad_output is not None}
-    if len(samples) != 1:
-        return RowChoice((), f"packed layers have different numbers of rows: {sorted(map(str, samples))}")
-    flow = GradientFlow(graph, next(iter(samples)))
     gradients = [s.grad_output for s in packed if s.grad_output is not None]
+    samples = [value(g).shape[0] for g in gradients]
+    if not all(same(n, samples[0]) for n in samples):
+        return RowChoice((), f"packed layers have different numbers of rows: {sorted(set(map(str, samples)))}")
+    flow = GradientFlow(graph, samples[0])
     cuts, reason = _cuts(flow, gradients, cut)
     if not cuts:
         return RowChoice((), reason)
@@ -153,7 +154,7 @@ class GradientFlow:
 
     def has_sample_rows(self, node: fx.Node) -> bool:
         """Is ``node`` a gradient with one row, of more than one number, for every sample?"""
-        return is_tensor(node) and value(node).dim() >= 2 and bool(value(node).shape[0] == self.samples)
+        return is_tensor(node) and value(node).dim() >= 2 and same(value(node).shape[0], self.samples)
 
     def above(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """``nodes`` and all that they depend on."""

@@ -18,6 +18,7 @@ from torch import fx
 
 from . import batch_norm
 from .graph import CASTS, VIEWS, arguments, aten, is_call, prims, strip, value
+from .local import same
 
 MEANS = frozenset({aten.mean.dim, aten.avg_pool2d.default, aten.avg_pool1d.default, aten._adaptive_avg_pool2d.default})
 MAX_POOLS = frozenset({prims._low_memory_max_pool_with_offsets.default, aten.max_pool2d_with_indices.default})
@@ -74,13 +75,13 @@ class _Walk:
         """A view of ``[N, C, *S]`` as ``[N, C * prod(S)]``, or as the same shape."""
         shape, before = tuple(value(node).shape), tuple(value(source).shape)
         self.node = source
-        if shape == before:
+        if len(shape) == len(before) and all(map(same, shape, before)):
             return True
         inner = math.prod(before[2:])
-        if len(before) < 2 or isinstance(inner, torch.SymInt) or shape[2:] or shape[:1] != before[:1]:
+        if len(before) < 2 or isinstance(inner, torch.SymInt) or shape[2:] or not same(shape[0], before[0]):
             return False
         self.repeat *= inner
-        return bool(shape[1] == before[1] * inner) and self.window == 1
+        return same(shape[1], before[1] * inner) and self.window == 1
 
     def _rectifier(self, node: fx.Node) -> bool:
         low: object
@@ -124,6 +125,6 @@ def from_batch_norm(x: fx.Node) -> BatchNormThreshold | None:
     source, weight, bias, *_ = arguments(norm)
     channels = value(source).shape[1]
     known = all(p is None or p.op == "placeholder" for p in (weight, bias))
-    if not known or not isinstance(channels, int) or value(source).shape[0] != value(x).shape[0]:
+    if not known or not isinstance(channels, int) or not same(value(source).shape[0], value(x).shape[0]):
         return None
     return BatchNormThreshold(weight, bias, channels, walk.window, walk.top, walk.repeat)
