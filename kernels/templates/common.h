@@ -137,6 +137,14 @@ INLINE bool holds(Relation relation, float x, float limit) {
 INLINE u64 plane_of_bytes(const u8* bytes, int p) {
 #if defined(__AVX512BW__)
   return _mm512_test_epi8_mask(_mm512_loadu_si512(bytes), _mm512_set1_epi8(char(1 << p)));
+#elif defined(__AVX2__)
+  const __m128i to_sign = _mm_cvtsi32_si128(7 - p);
+  u64 word = 0;
+  for (int i = 0; i < 2; ++i) {
+    const __m256i v = _mm256_loadu_si256((const __m256i*)(bytes + 32 * i));
+    word |= u64(u32(_mm256_movemask_epi8(_mm256_sll_epi16(v, to_sign)))) << (32 * i);
+  }
+  return word;
 #else
   u64 word = 0;
   for (int i = 0; i < 8; ++i) {

@@ -77,21 +77,19 @@ struct Sums64 {
   alignas(64) i32 codes[WORD];
 };
 
-// Codes of 64 elements as bytes; a NaN has code 0. SUM: also adds to `sums`.
+// Codes of 64 elements as bytes; a NaN has code 0. SUM: adds the values in steps to `steps`.
 template <bool SUM>
 INLINE void quantize64(const float* v, const float* factor, const Lanes64& lanes, u32 index, Keys keys, float top,
-                       u8* codes, Sums64* sums) {
+                       u8* codes, float* __restrict steps) {
   alignas(64) i32 wide[WORD];
   for (int i = 0; i < WORD; ++i) {
     const float noise = uniform(index + lanes.offset[i], keys);
-    const float step = (v[i] * factor[i] - lanes.center[i]) * lanes.inverse[i], level = lanes.level[i];
-    float position = step + noise;
-    position = position > 0.0f - level ? position : 0.0f - level;
-    position = position < top - level ? position : top - level;
-    i32 whole = i32(position);  // rounds to zero: one too much below it
-    whole -= position < float(whole);
-    wide[i] = whole + i32(level);
-    if (SUM) sums->steps[i] += step, sums->codes[i] += wide[i];
+    const float step = (v[i] * factor[i] - lanes.center[i]) * lanes.inverse[i];
+    float code = std::floor(step + noise) + lanes.level[i];
+    code = code > 0 ? code : 0.0f;
+    code = code < top ? code : top;
+    wide[i] = i32(code);
+    if (SUM) steps[i] += step;
   }
   for (int i = 0; i < WORD; ++i) codes[i] = u8(wide[i]);
 }
@@ -326,7 +324,7 @@ struct ChannelQuantizer {
     const float top = float((1 << bits) - 1);
     const u64 used_channels = tail_mask(used - block * WORD);
     Sums64* sum = sums + word * i64(blocks.size()) + block;
-    if (grid) std::memset(static_cast<void*>(sum), 0, sizeof *sum);
+    if (grid) std::fill(sum->steps, sum->steps + WORD, 0.0f);
     for (i64 i = 0; i < count; ++i) {
       const i64 m = first + i;
       if (i == 0 || m % kept.inner == 0) std::fill(factor, factor + WORD, kept.factor(m));
@@ -334,28 +332,33 @@ struct ChannelQuantizer {
       alignas(64) u8 codes[WORD];
       const float* pixel = kept.pixel(m);
       const float* v = values(pixel, block, padded);
-      if (grid) quantize64<true>(v, factor, lanes, u32(kept.place(m)), keys, top, codes, sum);
-      else quantize64<false>(v, factor, lanes, u32(kept.place(m)), keys, top, codes, sum);
+      if (grid) quantize64<true>(v, factor, lanes, u32(kept.place(m)), keys, top, codes, sum->steps);
+      else quantize64<false>(v, factor, lanes, u32(kept.place(m)), keys, top, codes, nullptr);
       for (int p = 0; p < bits; ++p) planes[p][i] = plane_of_bytes(codes, p) & used_channels;
     }
     for (int p = 0; p < bits; ++p) {
       std::fill(planes[p] + std::max<i64>(count, 0), planes[p] + WORD, 0);
       transpose64(planes[p]);
     }
+    for (int c = 0; grid && c < WORD; ++c) {
+      sum->codes[c] = 0;
+      for (int p = 0; p < bits; ++p) sum->codes[c] += i32(__builtin_popcountll(planes[p][c])) << p;
+    }
   }
 
-  // reference.exact_zero_point of group c, or its center
-  float zero_point(i64 c, float scale) const {
-    const float center = blocks[c / WORD].center[c % WORD];
-    if (!grid) return center;
-    double steps = 0;
-    i64 codes = 0;
-    for (i64 word = 0; word < ceil_div(kept.positions(), WORD); ++word) {
-      const Sums64& sum = sums[word * i64(blocks.size()) + c / WORD];
-      steps += double(sum.steps[c % WORD]);
-      codes += sum.codes[c % WORD];
+  // zero: reference.exact_zero_point of every group of the block, or its center
+  void zero_points(i64 block, const float* scale, float* zero) const {
+    double steps[WORD] = {};
+    i64 codes[WORD] = {};
+    for (i64 word = 0; grid && word < ceil_div(kept.positions(), WORD); ++word) {
+      const Sums64& sum = sums[word * i64(blocks.size()) + block];
+      for (int i = 0; i < WORD; ++i) steps[i] += double(sum.steps[i]), codes[i] += sum.codes[i];
     }
-    return float(double(center) + double(scale) * ((steps - double(codes)) / double(kept.positions())));
+    for (i64 i = 0; i < std::min<i64>(WORD, used - block * WORD); ++i) {
+      const double rest = steps[i] - double(codes[i]), count = double(kept.positions());
+      zero[i] = grid ? float(double(blocks[block].center[i]) + double(scale[i]) * (rest / count))
+                     : blocks[block].center[i];
+    }
   }
 };
 
@@ -390,10 +393,9 @@ EXPORT i64 quantize_channels(const float* g, i64 samples, i64 inner, i64 channel
                       planes[p] + t % (WORD / LANE_TILE) * LANE_TILE, LANE_TILE * sizeof(u64));
     }
   });
-  for (i64 c = 0; c < quantizer.used; ++c) {
-    const float factor = channel_scale ? channel_scale[c] : 1.0f;
-    zero[c] = quantizer.zero_point(c, scale[c]) * factor;
-    scale[c] *= factor;
-  }
+  for (i64 block = 0; block < i64(quantizer.blocks.size()); ++block)
+    quantizer.zero_points(block, scale + block * WORD, zero + block * WORD);
+  if (channel_scale)
+    for (i64 c = 0; c < quantizer.used; ++c) scale[c] *= channel_scale[c], zero[c] *= channel_scale[c];
   return OK;
 }
