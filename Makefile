@@ -17,8 +17,9 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/fqt1bit finetune --out runs/demo --overwrite
 
+# Two workers with two threads each: idle threads sleep instead of spinning on the other worker's core.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
