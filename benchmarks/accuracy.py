@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py --seeds 5 --json benchmarks/results/accuracy/fashion-small-vgg.json
     python benchmarks/accuracy.py --arch resnet18 --size 32 --steps 500 --limit 32000 --seeds 1 --json ...
 
-The setting of the float simulation that the estimator was found with (docs/accuracy.md): 14 px, 6000 training and 5000
+The setting of the float simulation that the estimator was found with (docs/adr/0015): 14 px, 6000 training and 5000
 test images, batch 64, 465 steps of Adam, lr 3e-3 with half a cosine. Accuracy in percent, as it is and with BatchNorm
 recalibrated on 8 batches.
 """
