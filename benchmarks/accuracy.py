@@ -94,13 +94,13 @@ def accuracy(step: Any, model: nn.Module, images: Tensor, labels: Tensor) -> flo
         return 100 * sum(int((step(batch_of(x)).argmax(1) == y).sum()) for x, y in parts) / len(labels)
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and standard error of each method."""
-    found: dict[str, dict[str, float]] = {}
+def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and standard error of each method; one seed has no error."""
+    found: dict[str, dict[str, float | None]] = {}
     for method in dict.fromkeys(run["method"] for run in runs):
         for measure in ("accuracy", "recalibrated"):
             values = [run[measure] for run in runs if run["method"] == method]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
             found.setdefault(method, {}).update({measure: statistics.fmean(values), f"{measure}_error": error})
     return found
 
