@@ -1,7 +1,7 @@
 """`gradient_noise`: how far the quantized gradients of every layer are from the exact ones, on the same batch.
 
 Bit equality says that kernels compute what the definition says; this says whether the definition is any good. It ranks
-estimators as their accuracy after training does, in seconds (docs/accuracy.md).
+estimators as their accuracy after training does, in seconds (docs/adr/0015-batch-norm.md has both).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .config import FQTConfig
 from .eager import eager
 from .errors import ConfigError
+from .kernels import selection
 
 ROLES = ("grad_weight", "grad_input")
 Call = tuple[Sequence[Any], Mapping[str, Any], Sequence[Any]]
@@ -43,11 +44,15 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class LayerNoise:
-    """The packed layer ``name``; grad_input None where the layer has none (its input needs no gradient)."""
+    """The packed layer ``name``; grad_input None where the layer has none (its input needs no gradient).
+
+    least_variance: of grad_input, what the best unbiased choice of as many rows has, without rounding (docs/math.md, 4).
+    """
 
     name: str
     grad_weight: Noise | None
     grad_input: Noise | None
+    least_variance: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +83,13 @@ class GradientNoise:
         for role in ROLES:
             for measure in ("bias\N{SUPERSCRIPT TWO}", "variance", "cosine"):
                 table.add_column(f"{role}\n{measure}", justify="right")
+        table.add_column("grad_input\nleast variance", justify="right")
         for layer in self.layers:
             row = [layer.name]
             for role in ROLES:
                 noise = getattr(layer, role)
                 row += _numbers(noise)
-            table.add_row(*row)
+            table.add_row(*row, "-" if layer.least_variance is None else f"{layer.least_variance:.2f}")
         return table
 
 
@@ -127,11 +133,14 @@ def measure(
     """`gradient_noise` of calls ``(args, kwargs, rest)``: ``loss(model(*args, **kwargs), *rest)``."""
     exact, noisy = (_Recorded(eager(model, c)) for c in (config.replace(grad="exact"), config))
     found: dict[str, dict[str, list[Noise]]] = {}
+    least: dict[str, list[float]] = {}
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
         for call in calls:
             torch.set_rng_state(state)
             wanted = exact.gradients(call, loss, 0)
+            for name, norms in exact.row_norms.items():
+                least.setdefault(name, []).append(least_variance(norms, config))
             sums = {key: _Sums(value) for key, value in wanted.items()}
             for seed in seeds:
                 torch.set_rng_state(state)
@@ -139,8 +148,26 @@ def measure(
                     sums[key].add(value)
             for (name, role), sum_ in sums.items():
                 found.setdefault(name, {}).setdefault(role, []).append(sum_.noise())
-    layers = [LayerNoise(name, *(_mean(found[name].get(role)) for role in ROLES)) for name in exact.names(found)]
+    layers = [
+        LayerNoise(name, *(_mean(found[name].get(role)) for role in ROLES), _average(least.get(name)))
+        for name in exact.names(found)
+    ]
     return GradientNoise(layers, len(calls), len(seeds))
+
+
+def least_variance(norms: Tensor, config: FQTConfig) -> float:
+    """Smallest relative variance of a gradient of rows with these L2 norms ``[N]`` under any unbiased choice of K rows.
+
+    sum r_i**2 (1 / p_i - 1) / sum r_i**2 at the water-filled p; NaN where all rows are 0 (docs/math.md, 4).
+    """
+    square = norms.square()
+    if not config.prunes or float(square.sum()) == 0:
+        return 0.0 if float(square.sum()) else math.nan
+    size, keep = norms.shape[0], config.kept_fraction
+    count = selection.kept_count(size, keep.numerator, keep.denominator)
+    p = torch.tensor(selection.inclusion_probabilities(norms.tolist(), count), dtype=torch.float64)
+    used = p > 0
+    return float((square[used] * (1 / p[used] - 1)).sum() / square.sum())
 
 
 def default_loss(output: Any, *rest: Any) -> Tensor:
@@ -157,10 +184,12 @@ class _Recorded:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.seen: dict[tuple[str, str], Tensor] = {}
+        self.row_norms: dict[str, Tensor] = {}
+        """Of grad_input, float64 ``[N]``."""
 
     def gradients(self, call: Any, loss: Callable[..., Tensor], seed: int) -> dict[tuple[str, str], Tensor]:
         args, kwargs, rest = call
-        self.seen = {}
+        self.seen, self.row_norms = {}, {}
         self.model._fqt_seed, self.model._fqt_recorder = seed, self._record
         value = loss(self.model(*args, **kwargs), *rest)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -173,7 +202,10 @@ class _Recorded:
         return sorted(found, key=order.__getitem__)
 
     def _record(self, name: str, role: str, gradient: Tensor) -> None:
-        self.seen[name, role] = gradient.detach().to(torch.float64).flatten()
+        values = gradient.detach().to(torch.float64)
+        self.seen[name, role] = values.flatten()
+        if role == "grad_input":
+            self.row_norms[name] = values.flatten(1).norm(dim=1)
 
 
 class _Sums:
@@ -207,6 +239,10 @@ class _Sums:
 
 def _numbers(noise: Noise | None) -> list[str]:
     return ["-"] * 3 if noise is None else [f"{noise.bias:.3f}", f"{noise.variance:.2f}", f"{noise.cosine:.2f}"]
+
+
+def _average(values: list[float] | None) -> float | None:
+    return None if values is None else math.fsum(values) / len(values)
 
 
 def _mean(noises: list[Noise] | None) -> Noise | None:

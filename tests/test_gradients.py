@@ -15,7 +15,9 @@ import fqt_compile
 from fqt_compile import FQTConfig, explain, gradient_noise
 from fqt_compile.capture import capture
 from fqt_compile.errors import ConfigError
+from fqt_compile.kernels import noise, selection
 from fqt_compile.models import small_vgg
+from fqt_compile.noise import least_variance
 
 LIMITS = {"group norm": 6.0}
 """Of the variance, where not 2.6: without BatchNorm no mean is taken out of the kept rows, and what is left is the
@@ -31,6 +33,28 @@ def test_gradients_are_nearly_unbiased_and_not_noisy(name):
     for layer in noise.layers:
         assert layer.grad_weight.bias <= 0.15, str(noise)
         assert layer.grad_weight.variance <= LIMITS.get(name, 2.6), str(noise)
+        if layer.grad_input is not None:
+            assert layer.grad_input.bias <= 0.15 + 4 * layer.grad_input.bias_error, str(noise)
+            assert layer.grad_input.variance <= max(2.6, layer.least_variance + 1.2), str(noise)
+
+
+def test_the_least_variance_of_a_choice_of_rows():
+    """By hand: a quarter of 8 equal rows has N / K - 1; a row that is certain adds none; and draws come close to it."""
+    config = FQTConfig()
+    assert least_variance(torch.ones(8), config) == pytest.approx(3)
+    norms = torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1])
+    assert least_variance(norms, config) == pytest.approx(7 * 6 / (81 + 7))
+    assert least_variance(norms, config.replace(keep=1.0)) == 0
+    assert math.isnan(least_variance(torch.zeros(4), config))
+    spread = torch.arange(1.0, 65)
+    draws = []
+    for seed in range(400):
+        rows, scale = selection.select(spread, noise.stream_keys(seed, 0), "systematic", config.kept_fraction)
+        kept = torch.zeros(64).index_put((rows.long(),), scale * spread[rows.long()])
+        draws.append(float((kept - spread).square().sum() / spread.square().sum()))
+    values = torch.tensor(draws)
+    error = float(values.std()) / math.sqrt(len(draws))
+    assert abs(float(values.mean()) - least_variance(spread, config)) < 5 * error
 
 
 def test_the_old_estimator_is_seen_to_be_biased():
