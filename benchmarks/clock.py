@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from fqt_compile.kernels import isa
-from fqt_compile.kernels.codegen import find_compiler
+from fqt_compile.kernels.cpu import isa
+from fqt_compile.kernels.cpu.codegen import find_compiler
 
 UNROLLED = 64  # operations per turn of a loop, whose own instructions run beside them
 TURNS = 400_000

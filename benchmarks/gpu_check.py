@@ -35,9 +35,10 @@ import triton
 from gpu_operations import LAYERS, TINY_LAYERS, Layer, operation_calls
 from torch import Tensor, nn
 
-from fqt_compile.kernels import gpu, gpu_launch, reference_ops
+from fqt_compile.kernels import gpu
+from fqt_compile.kernels.gpu import launch as gpu_launch
+from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 
-REFERENCE = reference_ops.OPERATIONS
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product", "grad_weight")
 CORRECTNESS_SHARE = 0.35
 """Of the budget; the rest is for timing."""

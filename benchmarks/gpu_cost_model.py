@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fqt_compile.kernels.gpu_strategy import STRATEGIES, TILES, tile_clocks
+from fqt_compile.kernels.gpu.strategy import STRATEGIES, TILES, tile_clocks
 from fqt_compile.kernels.packing import WORD, ceil_div
 
 BITS = 4

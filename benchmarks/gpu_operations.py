@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqt_compile.kernels import program, reference_ops
-from fqt_compile.kernels.ops import output_size
+from fqt_compile.kernels import program
+from fqt_compile.kernels.operands import output_size
+from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 
-REFERENCE = reference_ops.OPERATIONS
 Call = tuple[str, tuple[Any, ...]]
 BATCH_NORM = "full,channel,channel,channel,channel|t0=mul(x0,x1)|t1=sub(t0,x2)|t2=div(t1,x3)|t3=add(t2,x4)|t4=relu(t3)"
 POOLED = "full,channel,channel|t0=mul(x0,x1)|t1=pool(t0)|t2=add(t1,x2)|t3=relu(t2)"

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from fqt_compile import results
 from fqt_compile.config import FQTConfig
-from fqt_compile.kernels import counting, cpu, selection
-from fqt_compile.kernels.memory import keep_freed_memory
+from fqt_compile.kernels import cpu, selection
+from fqt_compile.kernels.cpu import counting
+from fqt_compile.kernels.cpu.memory import keep_freed_memory
 
 OPS = cpu.OPERATIONS
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")

@@ -26,10 +26,10 @@ from .config import FQTConfig
 from .cumulative import make_traceable
 from .errors import ConfigError
 from .kernels import gpu
-from .kernels.codegen import find_compiler
-from .kernels.gpu_launch import require_triton
-from .kernels.memory import keep_freed_memory
-from .kernels.reference_ops import OPERATIONS
+from .kernels.cpu.codegen import find_compiler
+from .kernels.cpu.memory import keep_freed_memory
+from .kernels.gpu.launch import require_triton
+from .kernels.operations import OPERATIONS
 from .notices import announce, graph_key, notices, recall, remember
 from .passes.batch_norm import decompositions
 from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline

@@ -18,24 +18,23 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .kernels.operations import NAMESPACE, OPERATIONS
+
 OVERHEAD = "framework overhead"
 ANY_PACKED = "other packed operations"
-PHASES: tuple[tuple[str, str], ...] = (
-    # phase, pattern searched for in the event's name: the first match decides
-    ("grad_weight products", r"^fqt::grad_weight(_product)?$"),
-    ("grad_input products", r"^fqt::.*grad_input.*product"),
-    ("output products", r"^fqt::.*product"),
-    ("fused float", r"^fqt::.*(norm(?!_)|moments|batch|pool|fuse|relu|residual|stat)"),
-    ("weight packing and gradient", r"^fqt::.*((quantize|transpose|pack)_weight|weight_grad|weight_pack)"),
-    ("row choice", r"^fqt::.*(select|importance|rows?_choice|draw_seed|(prune|keep|gather|scatter)_rows|gather_words)"),
-    ("quantizing", r"^fqt::.*(quantize|gradient|range)"),
-    ("packing", r"^fqt::.*(pack|threshold|mask|bits)"),
-    (ANY_PACKED, r"^fqt::"),
+PACKED = (
+    *("grad_weight products", "grad_input products", "output products", "fused float"),
+    *("weight packing and gradient", "row choice", "quantizing", "packing", ANY_PACKED),
+)
+"""Of packed operations: each is declared with its phase (kernels/operations)."""
+PATTERNS: tuple[tuple[str, str], ...] = (
+    # phase, pattern searched for in the name of any other event: the first match decides
     ("optimizer", r"^Optimizer\.|fused_adam|^aten::_foreach"),
     ("float convolution, linear", r"^(aten|mkldnn|onednn|inductor)::.*(conv|linear|matmul|(^|[:_b])mm|addmm)"),
     ("generated float kernels", r"(^|_)cpp_(fused|[A-Z])|(^|_)cpp_\w*gemm"),
     ("loss, other float", r"^aten::(?!empty|new_empty|.*view|as_strided|permute|detach|select|slice|t$|transpose|to$)"),
 )
+PHASES = (*PACKED, *(phase for phase, _ in PATTERNS))
 STEPS = 5
 WARM_STEPS = 3
 PROFILES = 3
@@ -45,7 +44,10 @@ SHOWN_OPERATIONS = 40
 
 def phase_of(name: str) -> str | None:
     """The phase of an event by its name; None for the framework's own."""
-    return next((phase for phase, pattern in PHASES if re.search(pattern, name)), None)
+    namespace, _, operation = name.partition("::")
+    if namespace == NAMESPACE:
+        return OPERATIONS[operation].phase if operation in OPERATIONS else ANY_PACKED
+    return next((phase for phase, pattern in PATTERNS if re.search(pattern, name)), None)
 
 
 def measure_phases(make_step: Callable[[], Callable[[], float]], steps: int = STEPS) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def operation_seconds(events: Iterable[Any]) -> dict[str, float]:
 
 def breakdown(operations: dict[str, float], step_s: float) -> dict[str, float]:
     """Seconds per phase in the order of `PHASES`, and last the overhead: what is left of ``step_s``."""
-    phases = {phase: 0.0 for phase, _ in PHASES}
+    phases = dict.fromkeys(PHASES, 0.0)
     for name, seconds in operations.items():
         phase = phase_of(name)
         assert phase is not None

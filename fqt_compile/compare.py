@@ -27,21 +27,14 @@ from .capture import run_captured
 from .config import FQTConfig
 from .eager import eager
 from .errors import CaptureError, ConfigError
+from .kernels.operations import OPERATIONS
 from .noise import GradientNoise, measure
 from .passes.graph import Provenance, provenance
 from .passes.pipeline import UNOPTIMIZED, analyse, run_pipeline
 
 ROLES = ("output", "grad_input", "grad_weight")
-ROLE_OF = {
-    "output_product": "output",
-    "grad_input_product": "grad_input",
-    "dequantize_grad_input": "grad_input",
-    "grad_weight_product": "grad_weight",
-    "grad_weight": "grad_weight",
-    "weight_gradient": "grad_weight",
-}
-"""Which of a layer's values an operation computes; all others prepare operands."""
 OPERANDS = "operands"
+"""What an operation computes that has no role: it prepares operands."""
 Values = dict[tuple[str, str, str], Tensor]
 """(site, role, node) -> what the node returned."""
 Loss = Callable[[Any], Tensor]
@@ -257,7 +250,8 @@ class _OperationRecorder(_Recorder):
         made = provenance(n)
         if made is None or getattr(n.target, "namespace", None) != "fqt":
             return None
-        return made.site, ROLE_OF.get(n.target._schema.name.removeprefix("fqt::"), OPERANDS)  # type: ignore[union-attr]
+        name = n.target._schema.name.removeprefix("fqt::")  # type: ignore[union-attr]
+        return made.site, OPERATIONS[name].role or OPERANDS
 
 
 class _ReferenceRecorder(_OperationRecorder, ReferenceInterpreter):

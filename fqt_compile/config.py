@@ -81,7 +81,7 @@ class FQTConfig:
         small) instead of computing them again. Worth it where nothing is pruned (``keep=1``): with rows chosen once per
         step, only the kept ones are computed again, and nothing more is saved.
     reuse_memory: let the C library keep freed memory for the next step, in the whole process and for good (glibc;
-        `kernels.memory`): page faults would cost as much as the products.
+        `kernels.cpu.memory`): page faults would cost as much as the products.
     lowering: ``"native"`` generated kernels inside Inductor; ``"eager"`` interprets the same rewritten
         graph with the reference operations (the oracle; needs no compiler); ``"triton"`` interprets it with the
         generated Triton kernels, on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``; tests the GPU path).

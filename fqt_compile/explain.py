@@ -49,9 +49,10 @@ class Report:
 
     @functools.cached_property
     def kernels(self) -> dict[str, str]:
-        from .kernels import codegen, cpu_program
+        from .kernels.cpu import codegen
+        from .kernels.cpu import programs as pointwise
 
-        programs = dict.fromkeys((f.template, cpu_program.parameters_for(f.text, f.dtypes)) for f in self.fused)
+        programs = dict.fromkeys((f.template, pointwise.parameters_for(f.text, f.dtypes)) for f in self.fused)
         return codegen.rendered_sources(programs)
 
     @property

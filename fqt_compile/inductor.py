@@ -1,4 +1,4 @@
-"""Inductor's wrapper code calls native kernels as `kernels.launch` wrote them down, without the dispatcher.
+"""Inductor's wrapper code calls native kernels as `kernels.cpu.launch` wrote them down, without the dispatcher.
 
 Inductor writes a Python function that runs a compiled graph line by line. It would call an operation of ours as
 ``torch.ops.fqt.<name>.default(...)``; registered here is what it writes instead, where the operands are on the CPU,
@@ -16,15 +16,15 @@ from torch._inductor.codegen.wrapper import ExternKernelAllocLine, PythonWrapper
 from torch._inductor.virtualized import V
 from torch.utils._pytree import tree_leaves
 
-from .kernels import launch
-from .kernels.ops import NAMESPACE, SCHEMAS
+from .kernels.cpu import launch
+from .kernels.operations import NAMESPACE, OPERATIONS
 
-IMPORT = "from fqt_compile.kernels import launch as fqt"
+IMPORT = "from fqt_compile.kernels.cpu import launch as fqt"
 
 
 def register() -> None:
     """Tell Inductor what to write for every operation of ours; again is the same."""
-    for name in SCHEMAS:
+    for name in OPERATIONS:
 
         def write(node: ir.FallbackKernel, writeline: Any, operation: str = name) -> None:
             _write(operation, node, writeline)

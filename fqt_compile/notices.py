@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from .errors import FQTWarning, KernelBuildError
-from .kernels.codegen import cache_directory, replacing
+from .kernels.cache import cache_directory, replacing
 from .passes.decide import unmatched_patterns
 from .passes.pipeline import State
 

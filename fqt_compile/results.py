@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 from .checkpoint import write_atomic
 from .data import optional_import
-from .kernels.codegen import machine_name
+from .kernels.cache import machine_name
 
 Step = Callable[[Tensor], Tensor]
 LABELS = {"float32": "float32 (Inductor)", "qat": "QAT (packed forward)", "fqt": "FQT (packed both ways)"}

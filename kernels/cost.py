@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import codegen
-from .isa import current_isa
+from .cache import cache_directory, machine_name, replacing
+from .cpu import codegen
+from .cpu.isa import current_isa
 
 SMALL = (2, 64, 64, 8)
 LARGE = (16, 128, 128, 16)
@@ -64,7 +65,7 @@ class Costs:
 
 def costs() -> Costs:
     """The constants of this machine, measured the first time (about a second) and read from the cache later."""
-    parts = (torch.__version__, current_isa(), torch.get_num_threads(), codegen.machine_name(), _sources())
+    parts = (torch.__version__, current_isa(), torch.get_num_threads(), machine_name(), _sources())
     return _costs(hashlib.sha256(repr(parts).encode()).hexdigest()[:16])
 
 
@@ -75,7 +76,7 @@ def _sources() -> str:
 
 @functools.cache
 def _costs(key: str) -> Costs:
-    path = codegen.cache_directory() / f"costs-{key}.json"
+    path = cache_directory() / f"costs-{key}.json"
     if path.exists():
         saved = json.loads(path.read_text())
         return Costs(**{name: Line(**saved[name]) for name in ("packed", "float32", "bfloat16")})
@@ -83,7 +84,7 @@ def _costs(key: str) -> Costs:
         packed=Line.through(_packed(SMALL), _packed(LARGE)),
         **{name: Line.through(_float(SMALL, dtype), _float(LARGE, dtype)) for name, dtype in FLOAT_DTYPES.items()},
     )
-    with codegen.replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(json.dumps(dataclasses.asdict(measured), indent=1))
     return measured
 

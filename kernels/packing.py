@@ -79,6 +79,11 @@ def channels_second(x: Tensor) -> Tensor:
     return x.movedim(-1, 1)
 
 
+def stored_nhwc(x: Tensor) -> Tensor:
+    """The same logical tensor, stored in NHWC order, as every operation returns images."""
+    return channels_second(channels_last(x).contiguous())
+
+
 def pack_rows(bits: Tensor) -> Tensor:
     """bool ``[N, C, *S]`` -> rows ``[N, *S, C_w]``."""
     return pack_bits(channels_last(bits))
@@ -149,13 +154,3 @@ def sum_planes(planes: Sequence[Tensor]) -> Tensor:
     for p, plane in enumerate(planes[1:], start=1):
         total = total + (plane.to(torch.int64) << p)
     return total
-
-
-def require_words(name: str, words: Tensor, channels: int) -> None:
-    """Raise unless the last axis of ``words`` holds exactly ``ceil(channels / 64)`` int64 words."""
-    expected = ceil_div(channels, WORD)
-    if words.dtype != torch.int64 or words.shape[-1] != expected:
-        raise UnsupportedInputError(
-            f"{name}: got {words.dtype} words of shape {tuple(words.shape)}; "
-            f"accepted: torch.int64 with a last axis of {expected} for {channels} channels"
-        )

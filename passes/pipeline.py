@@ -16,7 +16,7 @@ from torch import fx
 
 from ..config import FQTConfig
 from ..errors import PassError
-from ..kernels import ops  # noqa: F401  (declares torch.ops.fqt)
+from ..kernels import dispatch  # noqa: F401  (declares torch.ops.fqt)
 from . import (
     activation,
     backward,

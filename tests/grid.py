@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fqt_compile.kernels import program, reference_ops
-from fqt_compile.kernels.ops import output_size
+from fqt_compile.kernels import program
+from fqt_compile.kernels.operands import output_size
+from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 
-REFERENCE = reference_ops.OPERATIONS
 Call = tuple[Any, ...]
 
 

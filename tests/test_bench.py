@@ -267,7 +267,6 @@ def test_processes_take_turns_answer_and_say_why_they_ended():
     ("name", "phase"),
     [
         ("fqt::output_product", "output products"),
-        ("fqt::conv_product_batch_norm", "output products"),
         ("fqt::grad_input_product", "grad_input products"),
         ("fqt::grad_weight_product", "grad_weight products"),
         ("fqt::pack_activation", "packing"),
@@ -278,8 +277,8 @@ def test_processes_take_turns_answer_and_say_why_they_ended():
         ("fqt::quantize_weight", "weight packing and gradient"),
         ("fqt::weight_gradient", "weight packing and gradient"),
         ("fqt::select", "row choice"),
-        ("fqt::batch_norm_relu_pack", "fused float"),
-        ("fqt::max_pool_backward", "fused float"),
+        ("fqt::fused_activation", "fused float"),
+        ("fqt::max_pool_gradient", "fused float"),
         ("fqt::something_new", bench_phases.ANY_PACKED),
         ("Optimizer.step#Adam.step", "optimizer"),
         ("mkldnn::_convolution_pointwise", "float convolution, linear"),
@@ -295,9 +294,9 @@ def test_phase_of_an_operation(name, phase):
 
 
 def test_every_operation_has_a_phase_of_its_own():
-    from fqt_compile.kernels.ops import SCHEMAS
+    from fqt_compile.kernels.operations import OPERATIONS
 
-    unknown = [name for name in SCHEMAS if bench_phases.phase_of(f"fqt::{name}") == bench_phases.ANY_PACKED]
+    unknown = [name for name in OPERATIONS if bench_phases.phase_of(f"fqt::{name}") == bench_phases.ANY_PACKED]
     assert unknown == ["check_finite"]  # a debugging aid
 
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from fqt_compile.errors import CompilerMissingError, KernelBuildError
-from fqt_compile.kernels import codegen, cpu, native
+from fqt_compile.kernels import cpu
+from fqt_compile.kernels.cache import CACHE_ENVIRONMENT
+from fqt_compile.kernels.cpu import codegen, native
 
 TEMPLATE = "dequantize"  # the quickest to compile
 BUILD = f"""
-from fqt_compile.kernels import codegen
+from fqt_compile.kernels.cpu import codegen
 codegen.library({TEMPLATE!r}, "portable")
 """
 
@@ -27,7 +29,7 @@ codegen.library({TEMPLATE!r}, "portable")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and nothing loaded yet."""
     directory = tmp_path / "cache"
-    monkeypatch.setenv(codegen.CACHE_ENVIRONMENT, str(directory))
+    monkeypatch.setenv(CACHE_ENVIRONMENT, str(directory))
     monkeypatch.setattr(codegen, "_libraries", {})
     native._kernel.cache_clear()
     yield directory

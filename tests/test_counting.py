@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from fqt_compile.errors import FQTWarning, KernelBuildError
-from fqt_compile.kernels import codegen, counting, cpu, native
-from fqt_compile.kernels import isa as instruction_sets
+from fqt_compile.kernels import cache, cpu
+from fqt_compile.kernels.cpu import counting
+from fqt_compile.kernels.cpu import isa as instruction_sets
+from fqt_compile.kernels.cpu.functions import Function
 
 POPCOUNTS, TABLES = counting.CANDIDATES
 
@@ -36,7 +38,7 @@ class Measurement:
 @pytest.fixture
 def measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Measurement]:
     made = Measurement()
-    monkeypatch.setenv(codegen.CACHE_ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache.CACHE_ENVIRONMENT, str(tmp_path / "cache"))
     monkeypatch.setattr(instruction_sets, "_default", lambda: (POPCOUNTS, False))
     monkeypatch.setattr(counting, "_seconds", made)
     counting._faster.cache_clear()
@@ -72,7 +74,7 @@ def test_other_cpus_have_no_choice(measurement: Measurement, monkeypatch: pytest
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"avx512": 1}', '{"avx512": 1, "avx512tables": "x"}', "1" * 400])
 def test_unreadable_answer_is_measured_again(measurement: Measurement, text: str) -> None:
     assert counting.isa_of("grad_weight_product") == TABLES
-    (path,) = codegen.cache_directory().glob("counting-*.json")
+    (path,) = cache.cache_directory().glob("counting-*.json")
     path.write_text(text)
     counting._faster.cache_clear()
     assert counting.isa_of("grad_weight_product") == TABLES
@@ -85,7 +87,7 @@ def test_an_answer_that_cannot_be_kept_is_used(measurement: Measurement, monkeyp
         raise PermissionError(path)
         yield path
 
-    monkeypatch.setattr(codegen, "replacing", full)
+    monkeypatch.setattr(cache, "replacing", full)
     assert counting.isa_of("grad_weight_product") == TABLES
 
 
@@ -114,13 +116,13 @@ def test_threads_measure_once(measurement: Measurement) -> None:
 
 def test_measures_without_forcing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other threads would see it."""
-    run, forced = native.Kernel.on, []
+    run, forced = Function.on, []
 
-    def noticed(self: native.Kernel, *args: Any) -> None:
+    def noticed(self: Function, *args: Any) -> int:
         forced.append(instruction_sets._forced)
-        run(self, *args)
+        return run(self, *args)
 
-    monkeypatch.setattr(native.Kernel, "on", noticed)
+    monkeypatch.setattr(Function, "on", noticed)
     isas = tuple(cpu.supported_isas())
     with torch.device("meta"):  # what tensors are made on by default does not matter
         seconds = counting._seconds(1, isas)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fqt_compile.errors import ConfigError, UnsupportedInputError
 from fqt_compile.kernels import cpu, packing
-from fqt_compile.kernels import isa as instruction_sets
+from fqt_compile.kernels.cpu import isa as instruction_sets
 
 # NaN activations are part of the grid; that they are announced is tested in test_backend.py.
 pytestmark = pytest.mark.filterwarnings("ignore:fqt1bit. NaN or infinite:fqt_compile.errors.FQTWarning")

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fqt_compile.errors import UnsupportedInputError
-from fqt_compile.kernels import cpu, launch
+from fqt_compile.kernels import cpu
+from fqt_compile.kernels.cpu import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:fqt1bit. NaN or infinite:fqt_compile.errors.FQTWarning")
 

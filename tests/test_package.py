@@ -18,9 +18,12 @@ from fqt_compile.backend import source_hash
 ROOT = Path(__file__).parent.parent
 NEEDED = (
     "fqt_compile/passes/pipeline.py",
-    "fqt_compile/kernels/cpu.py",
-    "fqt_compile/kernels/templates/common.h",
-    "fqt_compile/kernels/templates/triton/conv_product.py.jinja",
+    "fqt_compile/kernels/cpu/native.py",
+    "fqt_compile/kernels/gpu/launch.py",
+    "fqt_compile/kernels/operations/products.py",
+    "fqt_compile/kernels/reference/products.py",
+    "fqt_compile/kernels/templates/cpu/common.h",
+    "fqt_compile/kernels/templates/gpu/conv_product.py.jinja",
 )
 
 
@@ -44,7 +47,7 @@ def test_sdist_and_wheel_are_complete_and_importable(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         assert set(NEEDED) <= set(archive.namelist())
         archive.extractall(target)
-    code = "from fqt_compile.kernels import codegen, cpu; print(cpu.__file__); codegen.rendered_sources()"
+    code = "from fqt_compile.kernels.cpu import codegen; print(codegen.__file__); codegen.rendered_sources()"
     env = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.stdout.strip().startswith(str(target)), done.stderr

@@ -20,8 +20,12 @@ pytest.importorskip("triton")
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fqt_compile.errors import ConfigError, TritonMissingError
-from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_strategy, program, reference_ops
-from fqt_compile.kernels.gpu_codegen import spec
+from fqt_compile.kernels import gpu, program
+from fqt_compile.kernels.gpu import codegen as gpu_codegen
+from fqt_compile.kernels.gpu import launch as gpu_launch
+from fqt_compile.kernels.gpu import strategy as gpu_strategy
+from fqt_compile.kernels.gpu.codegen import spec
+from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 
 HERE = Path(__file__).parent
 GROUPS = {
@@ -54,7 +58,7 @@ def run_interpreted(*arguments: str, **environment: str) -> str:
 
 
 def test_every_reference_operation_has_a_gpu_kernel():
-    assert sorted(gpu.OPERATIONS) == sorted(reference_ops.OPERATIONS)
+    assert sorted(gpu.OPERATIONS) == sorted(REFERENCE)
     assert sorted(name for group in GROUPS.values() for name in group) == sorted(set(gpu.OPERATIONS) - {"draw_seed"})
     for name in set(gpu.OPERATIONS) - {"draw_seed"}:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fqt::{name}", "CUDA"), name
@@ -100,15 +104,17 @@ def test_offset_type_leaves_room_for_the_last_block():
 SCALED_OUTPUT = """
 import torch
 from grid import LAYERS, calls
-from fqt_compile.kernels import gpu, gpu_products, reference, reference_ops
+from fqt_compile.kernels import gpu, reference
+from fqt_compile.kernels.gpu import products as gpu_products
+from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3-odd-channels", "1-d")]:
     product = calls(layer)["output_product"][0]
     alpha, bias = torch.rand(layer.out_channels) + 0.1, torch.randn(layer.out_channels)
-    acc = reference_ops.OPERATIONS["output_product"](*product)
+    acc = REFERENCE["output_product"](*product)
     for strategy in ("popcount", "tensor-core"):
         for b in (None, bias, bias.bfloat16()):
             with gpu.force_strategy(strategy):
-                y = gpu_products.scaled_output(*product[:7], alpha, b)
+                y = gpu_products.scaled_output(product[:7], alpha, b)
             assert torch.equal(y, reference.dequantize_output(acc, alpha, b))
 """
 
@@ -123,7 +129,8 @@ EVERY_STATEMENT = """
 import warnings
 import torch
 from test_kernels import assert_same
-from fqt_compile.kernels import gpu, program, reference_ops
+from fqt_compile.kernels import gpu, program
+from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 warnings.filterwarnings("ignore", message="fqt1bit: NaN or infinite")
 nan, inf = float("nan"), float("inf")
 special = torch.tensor([0.0, -0.0, nan, -nan, inf, -inf, 1e-40, -1e-40, 3e38, 1.0, -1.0, 0.1, 1 + 2**-9, 1 + 3 * 2**-9])
@@ -144,7 +151,7 @@ for name, text in texts.items():
     operands = [x.view(1, 14, 7, 2) if pool else x for x in (a, b)][: text.split("|")[0].count("full")]
     for code, below in (("sign", True), ("threshold", False))[: 1 + (name in ("numbers", "bfloat16"))]:
         call = (operands, text, code, [2, 2, 1, 1, 1, 1] if pool else [], True, below)
-        made, wanted = (o["fused_activation"](*call) for o in (gpu.OPERATIONS, reference_ops.OPERATIONS))
+        made, wanted = (o["fused_activation"](*call) for o in (gpu.OPERATIONS, REFERENCE))
         assert_same(made, wanted, name)
     print(name)
 """
@@ -165,7 +172,7 @@ import torch
 from conftest import SmallNet, small_batch, step_gradients
 from torch import nn
 from torchvision.models.resnet import BasicBlock
-from fqt_compile.kernels import gpu_launch
+from fqt_compile.kernels.gpu import launch as gpu_launch
 torch.set_num_threads(1)
 torch.manual_seed(0)
 def block(width, channels):
@@ -226,7 +233,8 @@ import sys
 sys.modules["triton"] = None
 import torch, fqt_compile
 from fqt_compile.errors import TritonMissingError
-from fqt_compile.kernels import gpu, gpu_launch
+from fqt_compile.kernels import gpu
+from fqt_compile.kernels.gpu import launch as gpu_launch
 try:
     gpu_launch.require_triton(["cuda"])
 except TritonMissingError as error:

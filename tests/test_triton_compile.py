@@ -20,8 +20,10 @@ pytest.importorskip("triton")
 import triton_aot
 from grid import GRADIENT_PROGRAMS, POOLED, PROGRAMS
 
-from fqt_compile.kernels import gpu_codegen, gpu_launch, gpu_strategy
-from fqt_compile.kernels.gpu_codegen import spec
+from fqt_compile.kernels.gpu import codegen as gpu_codegen
+from fqt_compile.kernels.gpu import launch as gpu_launch
+from fqt_compile.kernels.gpu import strategy as gpu_strategy
+from fqt_compile.kernels.gpu.codegen import spec
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"

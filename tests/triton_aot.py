@@ -15,7 +15,11 @@ from grid import GRADIENT_PROGRAMS, LAYERS, POOLED, PROGRAMS, calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_products, gpu_strategy
+from fqt_compile.kernels import gpu
+from fqt_compile.kernels.gpu import codegen as gpu_codegen
+from fqt_compile.kernels.gpu import launch as gpu_launch
+from fqt_compile.kernels.gpu import products as gpu_products
+from fqt_compile.kernels.gpu import strategy as gpu_strategy
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,7 +58,7 @@ def recorded() -> list[gpu_launch.Launch]:
                         gpu.OPERATIONS[name](*arguments)
                 product, scale = calls(layer)["output_product"][0], calls(layer)["unpack_weight"][0][1]
                 for bias in (None, scale):
-                    gpu_products.scaled_output(*product[:7], scale, bias)
+                    gpu_products.scaled_output(product[:7], scale, bias)
             launches += made
     # The most general launch: Triton makes a constant of every argument that is 1.
     launches.sort(key=lambda launch: -launch.types.count("1"))

@@ -20,7 +20,9 @@ from grid import LAYERS, calls
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from fqt_compile.kernels import gpu, gpu_launch, gpu_strategy
+from fqt_compile.kernels import gpu
+from fqt_compile.kernels.gpu import launch as gpu_launch
+from fqt_compile.kernels.gpu import strategy as gpu_strategy
 
 LAYER_NAMES = ("linear-one-row", "3x3-stride-2")  # all sizes 1, and none
 PROGRAM_OPERATIONS = ("fused_activation", "fused_gradient", "gradient_moments")

@@ -23,8 +23,9 @@ import triton.runtime.interpreter as triton_interpreter
 from grid import LAYERS, REFERENCE, Call, Layer, calls, expected
 from test_kernels import assert_same
 
-from fqt_compile.kernels import gpu, gpu_launch
-from fqt_compile.kernels.gpu_codegen import interpreted
+from fqt_compile.kernels import gpu
+from fqt_compile.kernels.gpu import launch as gpu_launch
+from fqt_compile.kernels.gpu.codegen import interpreted
 
 assert interpreted(), "set TRITON_INTERPRET=1"
 warnings.simplefilter("error")
