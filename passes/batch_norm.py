@@ -47,6 +47,15 @@ def output_of(node: fx.Node) -> fx.Node | None:
     return source if source.op == "call_function" and source.target in FORWARD else None
 
 
+def is_instance_norm(norm: fx.Node) -> bool:
+    """Is ``norm`` the InstanceNorm of a batch of one, which autograd writes as a BatchNorm of ``[1, N C, *S]``?
+
+    What tells them apart are running statistics: BatchNorm's are graph inputs, InstanceNorm has none or repeats them.
+    """
+    source, _, _, running, *_ = arguments(norm)
+    return same(value(source).shape[0], 1) and not (isinstance(running, fx.Node) and running.op == "placeholder")
+
+
 def mixes_samples(node: fx.Node, samples: Any) -> bool:
     """Is ``node`` the backward of a BatchNorm that normalized by the statistics of this batch of ``samples`` rows?"""
     if not is_call(node, BACKWARD):

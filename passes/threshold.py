@@ -120,7 +120,7 @@ def from_batch_norm(x: fx.Node) -> BatchNormThreshold | None:
             return None
     norm = batch_norm.output_of(walk.node)
     assert norm is not None
-    if not walk.rectified:
+    if not walk.rectified or batch_norm.is_instance_norm(norm):
         return None
     source, weight, bias, *_ = arguments(norm)
     channels = value(source).shape[1]
