@@ -148,7 +148,8 @@ def compare(
         _compare_site(name, code, differences, plain, floats, gradients) for name, code in run.packed_sites.items()
     ]
     noise = None
-    if seeds and sites and settings.grad != "exact":
+    trains = any(p.requires_grad for p in model.parameters())
+    if seeds and sites and trains and settings.grad != "exact":
         noise = measure(model, [(args, kwargs or {}, ())], settings, range(seeds), loss or _mean_square)
     return Comparison(losses, sites, max(differences.values(), default=0.0), noise)
 

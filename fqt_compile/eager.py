@@ -64,8 +64,9 @@ def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None)
     settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, shared)
-    cls = type(model)
-    copied.__class__ = type(f"EagerFQT{cls.__name__}", (cls,), {"forward": _eager_forward, "__module__": __name__})
+    cls = getattr(model, "_fqt_class", type(model))  # of a copy by this function: that of what was copied
+    members = {"forward": _eager_forward, "__module__": __name__, "_fqt_class": cls}
+    copied.__class__ = type(f"EagerFQT{cls.__name__}", (cls,), members)
     copied._fqt_config = settings
     copied._fqt_plan = copied._fqt_seed = copied._fqt_recorder = None
     return copied

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from .batches import input_of, require_iterable
 from .config import FQTConfig
 from .eager import eager
 from .errors import ConfigError
 from .kernels import selection
 
+SEEDS = 1 << 64
+"""Seeds are equal modulo this (`kernels.noise`)."""
 ROLES = ("grad_weight", "grad_input")
 Call = tuple[Sequence[Any], Mapping[str, Any], Sequence[Any]]
 """Arguments of the model, positional and by name, and those of the loss behind the output."""
@@ -32,8 +36,8 @@ class Noise:
     """Of one gradient, relative to the squared norm of the exact one, averaged over batches.
 
     bias: ``|E g - exact|**2``, estimated without bias from n seeds (``|mean - exact|**2 - variance / n``, which may be
-    below 0); bias_error: its standard error, from the spread between seeds. variance: ``E |g - E g|**2``.
-    cosine: mean cosine between g and exact. NaN where the exact gradient is 0.
+    below 0); bias_error: its standard error, from the spread between seeds, NaN for fewer than 3.
+    variance: ``E |g - E g|**2``. cosine: mean cosine between g and exact. NaN where the exact gradient is 0.
     """
 
     bias: float
@@ -46,7 +50,7 @@ class Noise:
 class LayerNoise:
     """The packed layer ``name``; grad_input None where the layer has none (its input needs no gradient).
 
-    least_variance: of grad_input, what the best unbiased choice of as many rows has, without rounding (docs/math.md, 4).
+    least_variance: of grad_input, what the best unbiased choice of as many rows has, without rounding (docs/math.md 4).
     """
 
     name: str
@@ -64,9 +68,9 @@ class GradientNoise:
     seeds: int
 
     def largest(self, role: str = "grad_weight") -> tuple[float, float]:
-        """Largest squared bias and largest variance of any layer."""
+        """Largest squared bias and largest variance of any layer, NaN if none has this gradient."""
         found = [noise for layer in self.layers if (noise := getattr(layer, role)) is not None]
-        return max((n.bias for n in found), default=0.0), max((n.variance for n in found), default=0.0)
+        return max((n.bias for n in found), default=math.nan), max((n.variance for n in found), default=math.nan)
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=150, no_color=True)
@@ -111,16 +115,35 @@ def gradient_noise(
     Computed by eager FQT: no compiler needed. Raises `ConfigError` for wrong options, seeds and no batches.
     """
     settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if len(numbers) < 2:
-        raise ConfigError(f"seeds: got {seeds!r}; accepted: at least 2 seeds, or how many")
+    numbers = _distinct(seeds)
     if settings.grad == "exact":
         raise ConfigError("grad: got 'exact'; accepted: 'fqt' or 'psq', which are compared with it")
-    calls = [(batch if isinstance(batch, tuple | list) else (batch,)) for batch in batches]
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss: got {loss!r}; accepted: a function of the output and the rest of a batch, or None")
+    require_iterable(batches)
+    calls = [
+        (input_of(batch, i), *(batch[1:] if isinstance(batch, tuple | list) else ())) for i, batch in enumerate(batches)
+    ]
     if not calls:
         raise ConfigError("batches: got none; accepted: at least one input x, or tuple (x, *rest)")
     plain: list[Call] = [((x,), {}, rest) for x, *rest in calls]
-    return measure(model, plain, settings, numbers, loss or default_loss)
+    result = measure(model, plain, settings, numbers, loss or default_loss)
+    if not result.layers:
+        raise ConfigError("model: no layer is packed and trained; `fqt_compile.explain` has the reason of each")
+    return result
+
+
+def _distinct(seeds: Any) -> list[int]:
+    """At least two different seeds; ``n`` means 0 to n - 1."""
+    try:
+        numbers = (
+            list(range(operator.index(seeds))) if not isinstance(seeds, Iterable) else [*map(operator.index, seeds)]
+        )
+    except TypeError:
+        numbers = []
+    if len({n % SEEDS for n in numbers}) < max(2, len(numbers)):
+        raise ConfigError(f"seeds: got {seeds!r}; accepted: at least 2 different integers, or how many")
+    return numbers
 
 
 def measure(
@@ -134,7 +157,7 @@ def measure(
     exact, noisy = (_Recorded(eager(model, c)) for c in (config.replace(grad="exact"), config))
     found: dict[str, dict[str, list[Noise]]] = {}
     least: dict[str, list[float]] = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         state = torch.get_rng_state()
         for call in calls:
             torch.set_rng_state(state)
@@ -148,10 +171,10 @@ def measure(
                     sums[key].add(value)
             for (name, role), sum_ in sums.items():
                 found.setdefault(name, {}).setdefault(role, []).append(sum_.noise())
-    layers = [
-        LayerNoise(name, *(_mean(found[name].get(role)) for role in ROLES), _average(least.get(name)))
-        for name in exact.names(found)
-    ]
+    layers = []
+    for name in exact.names(found):
+        grad_weight, grad_input = (_mean(found[name].get(role)) for role in ROLES)
+        layers.append(LayerNoise(name, grad_weight, grad_input, _average(least.get(name))))
     return GradientNoise(layers, len(calls), len(seeds))
 
 
@@ -172,6 +195,9 @@ def least_variance(norms: Tensor, config: FQTConfig) -> float:
 
 def default_loss(output: Any, *rest: Any) -> Tensor:
     """Cross-entropy with an integer target, else the mean squared difference to the target, or to 0."""
+    if rest and not (isinstance(rest[0], Tensor) and rest[0].dtype != torch.bool):
+        got = rest[0].dtype if isinstance(rest[0], Tensor) else type(rest[0]).__name__
+        raise ConfigError(f"batches: got a target {got}; accepted: an integer or float tensor, or `loss` for others")
     first = next(t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor)).float()
     if rest and not rest[0].is_floating_point():
         return nn.functional.cross_entropy(first, rest[0])
@@ -191,8 +217,13 @@ class _Recorded:
         args, kwargs, rest = call
         self.seen, self.row_norms = {}, {}
         self.model._fqt_seed, self.model._fqt_recorder = seed, self._record
-        value = loss(self.model(*args, **kwargs), *rest)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise ConfigError("model: no parameter requires a gradient; accepted: a model that trains")
+        value = loss(self.model(*args, **kwargs), *rest)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"loss: got {got}; accepted: one number that depends on the model's parameters")
         torch.autograd.grad(value, parameters, allow_unused=True)
         return self.seen
 
@@ -232,7 +263,8 @@ class _Sums:
         products = centered @ centered.t()
         own = products.diagonal()
         pairs = (products.sum() - own.sum() - 2 * (products.sum(1) - own)) / max((count - 1) * (count - 2), 1)
-        error = math.sqrt(float((pairs - pairs.mean()).square().sum()) * (count - 1) / count)
+        spread = float((pairs - pairs.mean()).square().sum())
+        error = math.sqrt(spread * (count - 1) / count) if count > 2 else math.nan
         cosines = nn.functional.cosine_similarity(values, self.exact[None], dim=1)
         return Noise(bias / square, error / square, variance / square, float(cosines.mean()))
 
