@@ -329,7 +329,7 @@ def test_phases_of_a_real_step():
     assert all(phases[name] > 0 for name in (*measured, "generated float kernels", "float convolution, linear"))
 
 
-@pytest.mark.parametrize("folder", ["", "zen5", "cascadelake"])
+@pytest.mark.parametrize("folder", ["zen4", "zen5", "cascadelake"])
 def test_every_recorded_result_can_be_compared_with_the_goals(monkeypatch, folder):
     benchmarks = Path(__file__).parents[1] / "benchmarks"
     monkeypatch.syspath_prepend(str(benchmarks))
