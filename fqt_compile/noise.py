@@ -46,7 +46,7 @@ class Noise:
 class LayerNoise:
     """The packed layer ``name``; grad_input None where the layer has none (its input needs no gradient).
 
-    least_variance: of grad_input, what the best unbiased choice of as many rows has, without rounding (docs/math.md, 4).
+    least_variance: of grad_input, what the best unbiased choice of as many rows has, without rounding (docs/math.md 4).
     """
 
     name: str
@@ -158,7 +158,7 @@ def measure(
 def least_variance(norms: Tensor, config: FQTConfig) -> float:
     """Smallest relative variance of a gradient of rows with these L2 norms ``[N]`` under any unbiased choice of K rows.
 
-    sum r_i**2 (1 / p_i - 1) / sum r_i**2 at the water-filled p; NaN where all rows are 0 (docs/math.md, 4).
+    sum r_i**2 (1 / p_i - 1) / sum r_i**2 at the water-filled p; NaN where all rows are 0 (docs/math.md 4).
     """
     square = norms.square()
     if not config.prunes or float(square.sum()) == 0:
