@@ -1,7 +1,7 @@
 """`gradient_noise`: how far the quantized gradients of every layer are from the exact ones, on the same batch.
 
-Bit equality says that kernels compute what the definition says; this says whether the definition is any good. It ranks
-estimators as their accuracy after training does, in seconds (docs/adr/0015-batch-norm.md has both).
+Bit equality says that kernels compute what the definition says; this says whether the definition is any good. It takes
+seconds and ranks estimators in the same order as their accuracy after training (docs/results.md has both).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -51,3 +52,8 @@ def test_results_are_those_of_their_machine(folder):
         for report in contents.values() if path.stem == "scaling" else [contents]:
             if "versions" in report:
                 assert (report["cpu"], report["versions"]["torch"]) == (machine["cpu"], machine["torch"]), path.name
+
+
+def test_costs_on_paper_are_those_of_the_model(capsys):
+    runpy.run_path(str(ROOT / "benchmarks" / "gpu_cost_model.py"), run_name="__main__")
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "gpu.md").read_text()
