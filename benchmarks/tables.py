@@ -142,6 +142,19 @@ def scaling(folder: Path) -> Iterator[Row]:
         yield (configuration(report), f"{1e3 * report['steps'][OURS]['median_s']:.1f}", *ratios)
 
 
+def phases(folder: Path) -> Iterator[Row]:
+    """Where a step's time goes, in ms, by one profiled run."""
+    reports = [read(folder, f"{name}-phases") or read(folder, name) for name in STEPS]
+    reports = [report for report in reports if "phases" in report]
+    yield ("phase, ms", *(configuration(report) for report in reports))
+    found = [report["phases"][OURS] for report in reports]
+    for phase in found[0]["phases"]:
+        if any(one["phases"][phase] for one in found):
+            yield (phase, *(f"{1e3 * one['phases'][phase]:.1f}" for one in found))
+    for key, what in (("step_s", "the whole step, profiled"), ("unprofiled_s", "the whole step, not profiled")):
+        yield (what, *(f"{1e3 * one[key]:.1f}" for one in found))
+
+
 def kernel_rates(folder: Path) -> Iterator[Row]:
     """Times as fast as oneDNN's float32, and percent of the popcount bound where the processor has one."""
     yield ("layer", "output", "grad_input", "grad_weight")
@@ -240,6 +253,7 @@ TABLES: dict[str, Callable[..., Iterator[Row]]] = {
     "steps": steps,
     "memory": memory,
     "scaling": scaling,
+    "phases": phases,
     "kernel-rates": kernel_rates,
     "in-turn": in_turn,
     "accuracy": accuracy,
