@@ -47,7 +47,7 @@ def overview(speed: Path, quality: Path) -> Iterator[Row]:
     for name, what in (
         ("vgg16-t1", "VGG-16, 128 images of 32 px, ms a step"),
         ("resnet18-t1", "ResNet-18, 16 images of 224 px, ms a step"),
-        ("vgg16-keep1", "VGG-16 with all gradient rows (`keep=1`), ms a step"),
+        ("vgg16-keep1", "VGG-16, all gradient rows (`keep=1`, `save_outputs`), ms a step"),
     ):
         yield overview_step(what, read(speed, name))
     least = min(read(speed, "scaling").values(), key=lambda report: report["speedup_bf16"])
