@@ -1,6 +1,6 @@
 """Accuracy after training from scratch, seed by seed: small nets and ResNet-18 on Fashion-MNIST, native kernels.
 
-    python benchmarks/accuracy.py --seeds 5 --json benchmarks/results/accuracy/fashion-small-vgg.json
+    python benchmarks/accuracy.py --seeds 5 --json benchmarks/results/zen3/fashion-small-vgg.json
     python benchmarks/accuracy.py --arch resnet18 --size 32 --steps 500 --limit 32000 --seeds 1 --json ...
 
 The setting of the float simulation that the estimator was found with (docs/adr/0015): 14 px, 6000 training and 5000

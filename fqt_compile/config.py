@@ -44,7 +44,7 @@ MAX_BITS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FQTConfig:
-    """What is quantized and how (NUMERICS: docs/math.md; method: arXiv 2408.14267).
+    """What is quantized and how (derivations: docs/math.md; method: arXiv 2408.14267).
 
     Fields
     ------

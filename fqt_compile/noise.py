@@ -1,7 +1,7 @@
 """`gradient_noise`: how far the quantized gradients of every layer are from the exact ones, on the same batch.
 
-Bit equality says that kernels compute what the definition says; this says whether the definition is any good. It ranks
-estimators as their accuracy after training does, in seconds (docs/adr/0015-batch-norm.md has both).
+Bit equality says that kernels compute what the definition says; this says whether the definition is any good. It takes
+seconds and ranks estimators in the same order as their accuracy after training (docs/results.md has both).
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def measure(
 def least_variance(norms: Tensor, config: FQTConfig) -> float:
     """Smallest relative variance of a gradient of rows with these L2 norms ``[N]`` under any unbiased choice of K rows.
 
-    sum r_i**2 (1 / p_i - 1) / sum r_i**2 at the water-filled p; NaN where all rows are 0 (docs/math.md, 4).
+    sum r_i**2 (1 / p_i - 1) / sum r_i**2 at the water-filled p; NaN where all rows are 0 (docs/math.md 4).
     """
     square = norms.square()
     if not config.prunes or float(square.sum()) == 0:

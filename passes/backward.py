@@ -1,6 +1,6 @@
 """Backward rewrite: AGP chooses rows, SCQ's two quantizers pack the gradient, two packed products follow.
 
-    rows, 1/p        = select(row_importance(g))                         NUMERICS 3, here or once per step (`rows`)
+    rows, 1/p        = select(row_importance(g))                         docs/math.md 4, here or once per step (`rows`)
     planes, s, z     = quantize_rows(alpha * g, rows, 1/p)               PSQ, for grad_input
     lanes, s', z'    = quantize_channels(g / p, rows)                    PCQ, for grad_weight
     grad_input       = mask * (s * acc + z * sum W)                      acc = grad_input_product(planes, w_bits)
@@ -285,7 +285,7 @@ def _psq_grad_weight(
 
 
 def _rewrite_float_site(at: Insertion, site: Site, rows: fx.Node) -> None:
-    """A float layer below the cut: its gradients on the kept rows only; the others have none (NUMERICS 3)."""
+    """A float layer below the cut: its gradients on the kept rows only; the others have none (docs/math.md 4)."""
     assert site.grad_output is not None
     g = at.call("gather", fqt.gather_rows.default, site.grad_output, rows)
     if site.kind == "linear":

@@ -1,6 +1,6 @@
 """The backward's masks and max-pools in the forms that later passes and kernels know.
 
-    where(x <= 0, 0, g), x with a history          where(unpack_bool(bits), 0, g); the bits are saved, 1/8 of a bool
+    where(x <= 0, 0, g), x not computed again       where(unpack_bool(bits), 0, g); the bits are saved, 1/8 of a bool
     where(x <= 0, 0, g) with g zero there           g: the straight-through mask of a packed layer lets 0 < x pass only
     scatter of g to the saved places of a max-pool  max_pool_gradient(g, x), which finds the places again
 
