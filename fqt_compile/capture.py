@@ -22,11 +22,11 @@ from .backend import FQTPass, compile_interpreted, parameter_names
 from .config import FQTConfig
 from .errors import CaptureError
 from .notices import announce, notices
-from .passes.compact import CompactedRows
 from .passes.graph import arguments, describe, value
 from .passes.pipeline import State, run_pipeline
 from .passes.region import FusedProgram
 from .passes.sites import Site
+from .passes.state import CompactedRows
 
 _COUNTER = itertools.count()
 

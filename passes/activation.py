@@ -17,6 +17,7 @@ from ..config import FQTConfig
 from . import batch_norm, threshold
 from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, prims, value
 from .sites import Site
+from .state import State, graph_pass
 
 Proof = Callable[["NonNegativity", fx.Node], bool]
 
@@ -134,7 +135,20 @@ RULES: dict[Any, Proof] = {
 }
 
 
-def choose(site: Site, config: FQTConfig, proven: NonNegativity) -> None:
+def _without_code(state: State) -> str | None:
+    missing = [s.name for s in state.packed if s.activation is None]
+    return f"packed sites without an activation code: {missing}" if missing else None
+
+
+@graph_pass(requires=("decisions",), ensures="codes", check=_without_code)
+def activation(state: State) -> None:
+    """Choose the activation code of every packed site."""
+    proven = NonNegativity()
+    for site in state.packed:
+        _choose(site, state.config, proven)
+
+
+def _choose(site: Site, config: FQTConfig, proven: NonNegativity) -> None:
     """Set the activation code of a packed site, where its threshold comes from, and why."""
     site.activation, site.activation_reason = choose_code(site.x, config.activation, proven)
     if site.activation == "threshold":

@@ -20,11 +20,10 @@ from torch import fx
 
 from ..config import FQTConfig
 from ..kernels.noise import STEP_STREAM, Role, stream_of
-from .forward import PackedForward
 from .graph import Emitter, Insertion, arguments, aten, replace, value
 from .local import same
-from .rows import RowChoice
 from .sites import Site
+from .state import PackedForward, RowChoice, State, graph_pass
 
 fqt = torch.ops.fqt
 
@@ -55,20 +54,15 @@ class Backward:
         return self.select(at, at.call("importance", fqt.row_importance.default, g, kind), stream)
 
 
-def rewrite_backward(
-    graph: fx.Graph,
-    sites: Sequence[Site],
-    forward: dict[int, PackedForward],
-    seed: fx.Node | None,
-    choice: RowChoice,
-    config: FQTConfig,
-) -> fx.Node | None:
-    """Replace grad_input, grad_weight and grad_bias of every packed, trained site; the rows chosen once per step."""
-    emitter = Emitter(graph, "backward")
-    shared = Backward(config, seed)
+@graph_pass(requires=("packed forward", "row choice"), ensures="packed backward")
+def backward(state: State) -> None:
+    """Replace grad_input, grad_weight and grad_bias of every packed, trained site."""
+    choice, config = state.choice, state.config
+    emitter = Emitter(state.graph, "backward")
+    shared = Backward(config, state.seed)
     if choice.cuts:
         shared.step_rows = _prune_at_cuts(emitter, choice.cuts, shared)
-    for site in sites:
+    for site in state.sites:
         if not site.trained or site.backward is None:
             continue
         site.reread()  # the cut, and the input gradients of other sites, are replaced
@@ -78,10 +72,10 @@ def rewrite_backward(
             if rows is not None and _has_sample_rows(site, choice):
                 _rewrite_float_site(at, site, rows)
         elif config.grad == "exact":
-            _rewrite_exact(at, site, forward[site.index], config)
+            _rewrite_exact(at, site, state.forward[site.index], config)
         else:
-            _rewrite_quantized(at, site, forward[site.index], shared, rows)
-    return shared.step_rows
+            _rewrite_quantized(at, site, state.forward[site.index], shared, rows)
+    state.step_rows = shared.step_rows
 
 
 def _prune_at_cuts(emitter: Emitter, cuts: Sequence[fx.Node], shared: Backward) -> fx.Node:

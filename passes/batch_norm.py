@@ -22,6 +22,7 @@ from torch._inductor.decomposition import select_decomp_table
 from ..kernels import reference
 from .graph import Emitter, arguments, aten, is_call, provenance, value
 from .local import same
+from .state import State, graph_pass
 
 fqt = torch.ops.fqt
 FORWARD = frozenset(
@@ -55,7 +56,15 @@ def mixes_samples(node: fx.Node, samples: Any) -> bool:
     return bool(training) and same(value(x).shape[0], samples)
 
 
-def project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
+@graph_pass(requires=("packed backward",), ensures="written-out BatchNorm")
+def batch_norm(state: State) -> None:
+    """Write out every BatchNorm: on kept rows as a projection, the rest by Inductor's decomposition."""
+    if state.step_rows is not None and state.config.batch_norm == "project":
+        _project(state.graph, state.choice.norms, state.step_rows, state.config.prune != "bernoulli")
+    _write_out(state.graph)
+
+
+def _project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
     """Replace the backward of ``norms`` by the projection on the kept ``rows``; without ``all_used`` some may be -1."""
     emitter = Emitter(graph, "backward")
     for node in norms:
@@ -72,7 +81,7 @@ def project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: 
     graph.eliminate_dead_code()
 
 
-def write_out(graph: fx.Graph) -> None:
+def _write_out(graph: fx.Graph) -> None:
     """Replace every BatchNorm node that is left by Inductor's decomposition."""
     emitter, table = Emitter(graph, "batch_norm"), select_decomp_table()
     for node in list(graph.nodes):

@@ -15,7 +15,6 @@ operands, and the pass records which (`CompactedRows.reasons`).
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from .graph import (
     value,
 )
 from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands
+from .state import CompactedRows, State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 READS_ROWS = {fqt.quantize_rows.default: 2, fqt.quantize_channels.default: 1}
@@ -43,23 +43,17 @@ READS_ROWS = {fqt.quantize_rows.default: 2, fqt.quantize_channels.default: 1}
 COMPACT_ARGUMENT = {fqt.quantize_rows.default: 7, fqt.quantize_channels.default: 8}
 
 
-@dataclasses.dataclass
-class CompactedRows:
-    """What the pass did: how many values have a compact form, and where full rows are still computed and why."""
-
-    count: int = 0
-    reasons: list[str] = dataclasses.field(default_factory=list)
-
-
-def compact_rows(graph: fx.Graph, rows: fx.Node) -> CompactedRows:
-    """Rewrite the backward part of ``graph`` below the choice of ``rows`` (int32 ``[K]``, all of them used)."""
-    compaction = _Compaction(graph, rows)
-    for node in list(graph.nodes):
+@graph_pass(requires=("known gradients",), ensures="kept rows", check=no_float_left)
+def compact(state: State) -> None:
+    """Rewrite the backward below the choice of rows (int32 ``[K]``, all of them used), if there is one."""
+    if state.kept_rows is None:
+        return
+    compaction = _Compaction(state.graph, state.kept_rows)
+    for node in list(state.graph.nodes):
         if node.op == "call_function" and is_backward(node):
             compaction.visit(node)
-    report = compaction.finish()
-    graph.eliminate_dead_code()
-    return report
+    state.compacted = compaction.finish()
+    state.graph.eliminate_dead_code()
 
 
 class _Compaction:

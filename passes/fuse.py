@@ -23,12 +23,20 @@ from .graph import Emitter, arguments, aten, is_backward, is_call, prims, proven
 from .local import live_nodes
 from .moments import largest_output
 from .region import SOURCES, Region, are_readable, is_supported
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 MAX_FULL_OPERANDS = 4
 
 
-def fuse_activations(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
+@graph_pass(requires=("exact statistics",), ensures="fused activations", check=no_float_left)
+def fuse(state: State) -> None:
+    """Fuse what can be fused in front of packed activations, and behind the integers of a weight's gradient."""
+    state.regions += _fuse_activations(state.graph)
+    _fuse_weight_gradients(state.graph)
+
+
+def _fuse_activations(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
     """Fuse what can be fused; returns layer and call of each region."""
     emitter = Emitter(graph, "fuse")
     fused: list[tuple[str, fx.Node]] = []
@@ -194,13 +202,12 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     return fused
 
 
-def fuse_weight_gradients(graph: fx.Graph) -> int:
+def _fuse_weight_gradients(graph: fx.Graph) -> None:
     """``weight_gradient(dequantize_grad_weight(grad_weight_product))`` of all output channels as one operation.
 
-    The integers and the gradient of alpha sign(W) then never leave the cache. Returns how many were fused.
+    The integers and the gradient of alpha sign(W) then never leave the cache.
     """
     emitter = Emitter(graph, "fuse")
-    fused = 0
     for node in list(graph.nodes):
         if not is_call(node, fqt.weight_gradient.default):
             continue
@@ -213,19 +220,18 @@ def fuse_weight_gradients(graph: fx.Graph) -> int:
         at = emitter.at(node, provenance(node).site)  # type: ignore[union-attr]
         args = (lanes, x_bits, rows, scale, zero_point, weight, alpha, mode, code, size, stride, padding)
         node.replace_all_uses_with(at.call("grad_weight", fqt.grad_weight.default, *args))
-        fused += 1
     graph.eliminate_dead_code()
-    return fused
 
 
-def narrow_products(graph: fx.Graph) -> None:
+@graph_pass(requires=("fused activations", "fused gradients"), ensures="narrow products")
+def narrow(state: State) -> None:
     """int16 for outputs that only integer-reading operations see."""
-    live = live_nodes(graph)
+    live = live_nodes(state.graph)
     readers = (
         *(fqt.fused_activation.default, fqt.fused_gradient.default, fqt.max_pool_gradient.default),
         *(fqt.channel_moments.default, fqt.gradient_moments.default),
     )
-    for node in graph.nodes:
+    for node in state.graph.nodes:
         if not is_call(node, fqt.output_product.default) or largest_output(node) > INT16_LIMIT:
             continue
         users = [u for u in node.users if u in live]

@@ -23,6 +23,7 @@ from ..kernels.program import FULL, SECOND, VALUES
 from .graph import Emitter, arguments, aten, is_backward, is_call, provenance, value
 from .local import live_nodes
 from .region import Region, are_readable, is_supported
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 READERS = frozenset(
@@ -47,11 +48,11 @@ COMPACT_AT: dict[Any, int] = {fqt.quantize_rows.default: 7, fqt.quantize_channel
 MAX_FULL_OPERANDS, MAX_STATEMENTS = 6, 48
 
 
-def fuse_gradients(graph: fx.Graph, every_row_is_kept: bool) -> list[tuple[str, fx.Node]]:
-    """Fuse what can be fused; returns layer and call of each program, those without a statement included.
-
-    every_row_is_kept: nothing is pruned, so that ranges of all rows are those of the kept ones.
-    """
+@graph_pass(requires=("exact statistics",), ensures="fused gradients", check=no_float_left)
+def fuse_gradients(state: State) -> None:
+    """Fuse what can be fused; programs without a statement are counted among the regions, too."""
+    graph = state.graph
+    every_row_is_kept = not state.config.prunes  # ranges of all rows are then those of the kept ones
     emitter = Emitter(graph, "fuse_gradients")
     for x in list(graph.nodes):
         readers = [user for user in x.users if user.target in READERS or is_convolution_gradient(user, x)]
@@ -70,7 +71,7 @@ def fuse_gradients(graph: fx.Graph, every_row_is_kept: bool) -> list[tuple[str, 
             if measured or not is_call(x, fqt.dequantize_grad_input.default):
                 _replace(emitter, x, region, _site(readers[0]), measured)
     graph.eliminate_dead_code()
-    return [(_site(node), node) for node in graph.nodes if node.target in PROGRAM_AT]
+    state.regions += [(_site(node), node) for node in graph.nodes if node.target in PROGRAM_AT]
 
 
 def _site(node: fx.Node) -> str:

@@ -36,20 +36,26 @@ from .graph import (
     value,
 )
 from .local import has_rows, is_zero, row_operands
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 
 
-def rewrite_gradients(graph: fx.Graph, on_kept_rows: bool) -> None:
-    """Rewrite the masks and max-pools of the backward. on_kept_rows: it will be computed on the kept rows only."""
-    rewriter = _Rewriter(graph, on_kept_rows)
-    for node in list(graph.nodes):
+@graph_pass(requires=("shared operands",), ensures="known gradients", check=no_float_left)
+def gradients(state: State) -> None:
+    """Rewrite the masks and max-pools of the backward."""
+    if not state.packed:
+        return
+    rewriter = _Rewriter(state.graph, on_kept_rows=state.kept_rows is not None)
+    for node in list(state.graph.nodes):
         if node.op == "call_function" and is_backward(node):
             rewriter.visit(node)
-    graph.eliminate_dead_code()
+    state.graph.eliminate_dead_code()
 
 
 class _Rewriter:
+    """``on_kept_rows``: the backward will be computed on the kept rows only."""
+
     def __init__(self, graph: fx.Graph, on_kept_rows: bool) -> None:
         self.graph, self.on_kept_rows = graph, on_kept_rows
         self.emitter = Emitter(graph, "gradients")

@@ -22,6 +22,7 @@ from ..kernels.program import SECOND
 from .graph import VIEWS, Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
 from .local import is_channel_vector, is_pointwise
 from .region import PASSED_ON
+from .state import State, graph_pass
 
 fqt = torch.ops.fqt
 POOLED = frozenset({prims._low_memory_max_pool_with_offsets.default, aten.avg_pool2d.default, operator.getitem})
@@ -36,10 +37,19 @@ class Dequantized:
     bias: fx.Node | None
 
 
-def exact_moments(graph: fx.Graph) -> int:
-    """Replace the batch statistics of packed outputs; returns how many."""
+@graph_pass(requires=("kept rows",), ensures="exact statistics")
+def moments(state: State) -> None:
+    """Batch statistics and the sums of BatchNorm's backward: of packed outputs, then of float convolutions."""
+    graph = state.graph
+    _exact_moments(graph)
+    _replace_pairs(graph, match_dequantized)
+    _float_moments(graph)
+    _replace_pairs(graph, match_convolution)
+
+
+def _exact_moments(graph: fx.Graph) -> None:
+    """Replace the batch statistics of packed outputs."""
     emitter = Emitter(graph, "moments")
-    replaced = 0
     for node in list(graph.nodes):
         if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
             continue
@@ -49,62 +59,52 @@ def exact_moments(graph: fx.Graph) -> int:
         made = provenance(output.acc)
         at = emitter.at(node, made.site if made else "step")
         args = (output.acc, output.alpha, output.bias, largest_output(output.acc))
-        moments = at.call("statistics", fqt.channel_moments.default, *args)
-        for item in list(node.users):
-            item.replace_all_uses_with(moments[arguments(item)[1]])
-        replaced += 1
+        _replace_items(node, at.call("statistics", fqt.channel_moments.default, *args))
     graph.eliminate_dead_code()
-    return replaced
 
 
-def exact_gradient_moments(graph: fx.Graph) -> int:
-    """The two sums of BatchNorm's backward, ``sum g`` and ``sum g (y - center)`` of a packed output y, in one pass.
-
-    Returns how many pairs were replaced.
-    """
-    replaced = sum(_replace_pair(graph, node, match_dequantized) for node in list(graph.nodes))
-    graph.eliminate_dead_code()
-    return replaced
-
-
-def float_moments(graph: fx.Graph) -> int:
+def _float_moments(graph: fx.Graph) -> None:
     """The same for float convolutions whose output is packed in the end (a stem, a projection of a skip).
 
-    They are in NHWC memory anyway, and one pass over them replaces Inductor's two. Returns how many.
+    They are in NHWC memory anyway, and one pass over them replaces Inductor's two.
     """
     emitter = Emitter(graph, "moments")
-    replaced = 0
     for node in list(graph.nodes):
         if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
             continue
         output = match_convolution(arguments(node)[0])
         if output is None or not (is_backward(node) or _leads_to_packing(output.acc)):
             continue
-        moments = emitter.at(node, "step").call("statistics", fqt.float_moments.default, output.acc)
-        for item in list(node.users):
-            item.replace_all_uses_with(moments[arguments(item)[1]])
-        replaced += 1
+        _replace_items(node, emitter.at(node, "step").call("statistics", fqt.float_moments.default, output.acc))
+
+
+def _replace_items(node: fx.Node, results: tuple[fx.Node, ...]) -> None:
+    for item in list(node.users):
+        item.replace_all_uses_with(results[arguments(item)[1]])
+
+
+def _replace_pairs(graph: fx.Graph, match: Callable[[fx.Node], Dequantized | None]) -> None:
+    """The two sums of BatchNorm's backward, ``sum g`` and ``sum g (y - center)`` of a y that ``match`` knows."""
     for node in list(graph.nodes):
-        _replace_pair(graph, node, match_convolution)
+        _replace_pair(graph, node, match)
     graph.eliminate_dead_code()
-    return replaced
 
 
-def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Dequantized | None]) -> bool:
+def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Dequantized | None]) -> None:
     """Replace ``sum(g (y - center))`` and the sums of g beside it, if ``match`` knows y."""
     matched = _match_gradient_moment(node, match)
     if matched is None:
-        return False
+        return
     g, output, center = matched
     if output.alpha is None and not _is_float_moment(center):
-        return False
+        return
     order = {n: i for i, n in enumerate(graph.nodes)}
     others = [u for u in g.users if u is not node and _is_batch_sum(u)]
     readers = [user for other in others for user in other.users]
     latest = max((n for n in (g, output.acc, output.alpha, output.bias, center) if n), key=order.__getitem__)
     channels = value(output.acc).shape[1]
     if order[latest] > min(order[n] for n in (node, *readers)):
-        return False  # a sum is read before the integers exist
+        return  # a sum is read before the integers exist
     origin = provenance(node) or provenance(output.acc)
     at = Emitter(graph, "moments").at(node, origin.site if origin else "step")
     at.anchor = latest.next
@@ -117,7 +117,6 @@ def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Deq
     node.replace_all_uses_with(moment)
     for other in others:
         other.replace_all_uses_with(total)
-    return True
 
 
 def _leads_to_packing(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from .graph import provenance
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 SHAREABLE = frozenset(
@@ -20,14 +21,15 @@ SHAREABLE = frozenset(
 )
 
 
-def share(graph: fx.Graph) -> int:
-    """Merge equal quantizations; returns how many nodes were dropped.
+@graph_pass(requires=("written-out BatchNorm", "tags"), ensures="shared operands", check=no_float_left)
+def share(state: State) -> None:
+    """Merge equal quantizations.
 
     The seed that rides on the first ``pack_activation`` is not part of what it computes.
     """
+    state.graph.eliminate_dead_code()
     first: dict[object, fx.Node] = {}
-    dropped = 0
-    for node in list(graph.nodes):
+    for node in list(state.graph.nodes):
         if node.op != "call_function" or provenance(node) is None:
             continue
         if node.target in SHAREABLE:
@@ -39,6 +41,4 @@ def share(graph: fx.Graph) -> int:
         kept = first.setdefault(key, node)
         if kept is not node:
             node.replace_all_uses_with(kept)
-            graph.erase_node(node)
-            dropped += 1
-    return dropped
+            state.graph.erase_node(node)

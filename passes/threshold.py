@@ -19,22 +19,11 @@ from torch import fx
 from . import batch_norm
 from .graph import CASTS, VIEWS, arguments, aten, is_call, prims, strip, value
 from .local import same
+from .sites import BatchNormThreshold
 
 MEANS = frozenset({aten.mean.dim, aten.avg_pool2d.default, aten.avg_pool1d.default, aten._adaptive_avg_pool2d.default})
 MAX_POOLS = frozenset({prims._low_memory_max_pool_with_offsets.default, aten.max_pool2d_with_indices.default})
 PASSED = CASTS | {aten.alias.default, aten.clone.default, aten.detach.default}
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchNormThreshold:
-    """The arguments of `reference.batch_norm_threshold`; weight and bias are graph inputs, or None for 1 and 0."""
-
-    weight: fx.Node | None
-    bias: fx.Node | None
-    channels: int
-    window: int
-    top: float
-    repeat: int
 
 
 @dataclasses.dataclass
