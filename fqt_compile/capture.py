@@ -22,7 +22,7 @@ from .backend import FQTPass, compile_interpreted, parameter_names
 from .config import FQTConfig
 from .errors import CaptureError
 from .notices import announce, notices
-from .passes.graph import arguments, describe, value
+from .passes.graph import describe, first, value
 from .passes.pipeline import State, run_pipeline
 from .passes.region import FusedProgram
 from .passes.sites import Site
@@ -144,7 +144,7 @@ class _Unexecuted(fx.Interpreter):
     def boxed_run(self, args_list: list[Any]) -> Any:
         args_list.clear()
         output = next(n for n in self.module.graph.nodes if n.op == "output")  # type: ignore[union-attr]
-        return [self._zeros(item) for item in arguments(output)[0]]
+        return [self._zeros(item) for item in first(output)]
 
     @staticmethod
     def _zeros(item: Any) -> Any:

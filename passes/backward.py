@@ -20,9 +20,10 @@ from torch import fx
 
 from ..config import FQTConfig
 from ..kernels.noise import STEP_STREAM, Role, stream_of
-from .graph import Emitter, Insertion, arguments, aten, replace, value
+from .call import Call
+from .graph import Emitter, Insertion, aten, replace, value
 from .local import same
-from .sites import Site
+from .sites import Site, factors
 from .state import PackedForward, RowChoice, State, graph_pass
 
 fqt = torch.ops.fqt
@@ -287,25 +288,25 @@ def _rewrite_float_site(at: Insertion, site: Site, rows: fx.Node) -> None:
         return
     node = site.backward
     assert node is not None
-    x = at.call("gather", fqt.gather_rows.default, arguments(node)[1], rows)
-    grads = at.call("float_product", node.target, g, x, *arguments(node)[2:])  # type: ignore[arg-type]
+    x = at.call("gather", fqt.gather_rows.default, Call(node).input, rows)
+    grads = at.repeat("float_product", node, grad_output=g, input=x)
     for old, new in zip((site.grad_input, site.grad_weight, site.grad_bias), grads, strict=True):
         if old is None:
             continue
         if old is site.grad_input:
-            new = at.call("grad_input", fqt.scatter_rows.default, new, rows, at.size(arguments(node)[0], 0))
+            new = at.call("grad_input", fqt.scatter_rows.default, new, rows, at.size(Call(node).grad_output, 0))
         old.replace_all_uses_with(new)
 
 
 def _rewrite_float_linear(at: Insertion, site: Site, g: fx.Node, rows: fx.Node) -> None:
     assert site.grad_output is not None
     if site.grad_input is not None:
-        kept = at.call("float_product", aten.mm.default, g, arguments(site.grad_input)[1])
+        kept = at.call("float_product", aten.mm.default, g, Call(site.grad_input).mat2)
         size = at.size(site.grad_output, 0)
         full = at.call("grad_input", fqt.scatter_rows.default, kept, rows, size)
         site.grad_input.replace_all_uses_with(full)
     if site.grad_weight is not None:
-        x = at.call("gather", fqt.gather_rows.default, arguments(site.output)[-2], rows)
+        x = at.call("gather", fqt.gather_rows.default, factors(site.output)[0], rows)
         left, right = (x, g) if site.input_side == 0 else (g, x)
         left = at.call("float_product", aten.permute.default, left, [1, 0])
         site.grad_weight.replace_all_uses_with(at.call("grad_weight", aten.mm.default, left, right))

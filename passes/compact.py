@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from .call import Call, takes
 from .gradients import row_sources
 from .graph import (
     REQUIRES_STRIDES,
     Emitter,
     Insertion,
-    arguments,
     aten,
     is_backward,
     is_call,
@@ -38,9 +38,6 @@ from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands
 from .state import CompactedRows, State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
-READS_ROWS = {fqt.quantize_rows.default: 2, fqt.quantize_channels.default: 1}
-"""Packed operations on the kept rows of their first operand, and which argument names these rows."""
-COMPACT_ARGUMENT = {fqt.quantize_rows.default: 7, fqt.quantize_channels.default: 8}
 
 
 @graph_pass(requires=("known gradients",), ensures="kept rows", check=no_float_left)
@@ -82,8 +79,8 @@ class _Compaction:
         operands = row_operands(node)
         if operands is not None and any(n in self.kept for n in operands):
             self._keep(node, self._rebuild(self.at(node), node, operands), keeps_zero(node, self.zero))
-        elif node.target is aten.sum.dim_IntList and arguments(node)[0] in self.zero:
-            node.update_arg(0, self.kept[arguments(node)[0]])
+        elif is_call(node, aten.sum.dim_IntList) and Call(node).self in self.zero:
+            node.replace_input_with(Call(node).self, self.kept[Call(node).self])
 
     def _keep(self, node: fx.Node, compact: fx.Node, zero: bool) -> None:
         self.kept[node] = compact
@@ -92,20 +89,24 @@ class _Compaction:
 
     def _packed_operation(self, node: fx.Node) -> bool:
         """Operations that know the kept rows themselves. True if ``node`` is one."""
-        args = arguments(node)
+        if not takes(node, "rows"):
+            return False
+        call = Call(node)
         if node.target is fqt.prune_rows.default:
-            self._keep(node, self.at(node).call("keep", fqt.keep_rows.default, *args), zero=True)
-        elif node.target is fqt.scatter_rows.default and args[1] is self.rows:
-            self._keep(node, args[0], zero=True)
-        elif node.target is fqt.dequantize_grad_input.default and args[4] is self.rows:
-            role = provenance(node)
-            compact = self.at(node).call(role.role if role else "grad_input", node.target, *args[:6], True)
-            self._keep(node, compact, zero=True)
-        elif node.target is fqt.gather_rows.default and args[1] is self.rows:
-            node.replace_all_uses_with(self._of(self.at(node), args[0]))
-        elif node.target in READS_ROWS and args[READS_ROWS[node.target]] is self.rows and args[0] in self.kept:
-            position = COMPACT_ARGUMENT[node.target]
-            node.args = (self.kept[args[0]], *args[1:position], True)
+            kept = self.at(node).call("keep", fqt.keep_rows.default, call.g, call.rows, call.row_scale)
+            self._keep(node, kept, zero=True)
+        elif call.rows is not self.rows:
+            return False
+        elif node.target is fqt.scatter_rows.default:
+            self._keep(node, call.kept, zero=True)
+        elif node.target is fqt.dequantize_grad_input.default:
+            made = provenance(node)
+            kept = self.at(node).repeat(made.role if made else "grad_input", node, compact=True)
+            self._keep(node, kept, zero=True)
+        elif node.target is fqt.gather_rows.default:
+            node.replace_all_uses_with(self._of(self.at(node), call.x))
+        elif takes(node, "g", "compact") and call.g in self.kept:
+            call.replace(g=self.kept[call.g], compact=True)
         else:
             return False
         return True
@@ -140,12 +141,12 @@ class _Compaction:
         return gathered
 
     def _recompute(self, at: Insertion, node: fx.Node) -> fx.Node | None:
-        args = arguments(node)
-        if node.target is fqt.output_product.default:
-            recomputed: fx.Node = at.call("product", operator_of(node), self._again(at, args[0]), *args[1:])
+        recomputed: fx.Node
+        if is_call(node, fqt.output_product.default):
+            recomputed = at.repeat("product", node, x_bits=self._again(at, Call(node).x_bits))
             return recomputed
-        if is_call(node, aten.convolution.default) and has_rows(args[0], node):
-            recomputed = at.call("convolution", operator_of(node), self._again(at, args[0]), *args[1:])
+        if is_call(node, aten.convolution.default) and has_rows(Call(node).input, node):
+            recomputed = at.repeat("convolution", node, input=self._again(at, Call(node).input))
             return recomputed
         operands = row_operands(node)
         if operands is None or len(row_sources(node)) != 1:

@@ -19,7 +19,9 @@ from torch import fx
 
 from ..kernels.packing import INT16_LIMIT
 from ..kernels.program import FULL, POOL
-from .graph import Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
+from .call import Call
+from .gradients import is_not_positive
+from .graph import Emitter, aten, is_backward, is_call, prims, provenance, strip, value
 from .local import live_nodes
 from .moments import largest_output
 from .region import SOURCES, Region, are_readable, is_supported
@@ -56,17 +58,15 @@ def _fuse_activations(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
 
 def _packed_activation(node: fx.Node) -> fx.Node | None:
     """The activation that ``node`` packs."""
-    return arguments(node)[0] if is_call(node, fqt.pack_activation.default) else None
+    return Call(node).x if is_call(node, fqt.pack_activation.default) else None
 
 
 def _packed_mask(node: fx.Node) -> fx.Node | None:
     """The x of a ``pack_bool(x <= 0)`` that no packing of x has produced on the way."""
     if not is_call(node, fqt.pack_bool.default):
         return None
-    mask = arguments(node)[0]
-    if not is_call(mask, aten.le.Scalar) or arguments(mask)[1] != 0:
-        return None
-    return strip(arguments(mask)[0], {aten.alias.default})
+    mask = Call(node).mask
+    return strip(Call(mask).self, {aten.alias.default}) if is_not_positive(mask) else None
 
 
 class _ActivationRegion(Region):
@@ -79,14 +79,13 @@ class _ActivationRegion(Region):
         absorbed, sources = self._absorb(x)
         if len(sources) == 1 and self._max_pool(sources[0], absorbed, x):
             pooled = sources[0]
-            pool = arguments(pooled)[0]
-            inner, sources = self._absorb(arguments(pool)[0], only_for=pool)
+            pool = Call(Call(pooled).source)
+            inner, sources = self._absorb(pool.self, only_for=pool.node)
             if not are_readable(sources):
                 return
             self.emit(inner, sources)
-            _, kernel, stride, padding, *_ = arguments(pool)
-            self.window = [*kernel, *stride, *padding]
-            self.state(pooled, POOL, [self.argument(arguments(pool)[0])])
+            self.window = [*pool.kernel_size, *pool.stride, *pool.padding]
+            self.state(pooled, POOL, [self.argument(pool.self)])
             sources = []
         full = len(sources) + sum(kind == FULL for _, kind in self.operands)
         if full <= MAX_FULL_OPERANDS and are_readable(sources):
@@ -109,13 +108,13 @@ class _ActivationRegion(Region):
 
     def _max_pool(self, node: fx.Node, absorbed: list[fx.Node], x: fx.Node) -> bool:
         """Is ``node`` the values of a plain 2-D max-pool that nothing outside the region reads?"""
-        if not is_call(node, operator.getitem) or arguments(node)[1] != 0:
+        if not is_call(node, operator.getitem) or Call(node).index != 0:
             return False
-        pool = arguments(node)[0]
+        pool = Call(node).source
         if not is_call(pool, prims._low_memory_max_pool_with_offsets.default):
             return False
-        source, _, _, _, dilation, ceil_mode = arguments(pool)
-        plain = not ceil_mode and all(d == 1 for d in dilation) and value(source).dim() == 4
+        call, source = Call(pool), Call(pool).self
+        plain = not call.ceil_mode and all(d == 1 for d in call.dilation) and value(source).dim() == 4
         others = [u for u in self._forward_users(pool) if u is not node]
         outside = [] if node is x else [u for u in self._forward_users(node) if u not in absorbed]
         return plain and not others and not outside and value(source).dtype in SOURCES
@@ -167,29 +166,31 @@ def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
     if user.target is aten.alias.default:
         found = [_negative_masks(u, live) for u in users]
         return None if any(f is None for f in found) else [mask for f in found for mask in f or []]
-    if user.target is aten.le.Scalar and arguments(user)[1] == 0:
+    if is_not_positive(user):
         return users if all(is_call(u, fqt.pack_bool.default) for u in users) else None
     return None
 
 
 def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationRegion, site: str) -> fx.Node:
     """``pack``: the packing of x, or of its negative mask alone."""
-    threshold, *after = arguments(pack)[1:] or (None,)
-    mean = is_call(threshold, fqt.activation_threshold.default)
-    rule = {"threshold": None if mean else threshold, "rule": arguments(threshold)[1] if mean else "sample"}
+    packing = Call(pack) if is_call(pack, fqt.pack_activation.default) else None
+    threshold, after = (packing.threshold, packing.after) if packing else (None, None)
+    rule = (threshold, "sample")
+    if is_call(threshold, fqt.activation_threshold.default):
+        rule = (None, Call(threshold).rule)
     readers = _readers(x, region.live)
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     anchor = min((*readers.masks, *readers.others, pack), key=order.__getitem__)
-    if after and order[after[0]] > order[anchor]:
-        anchor.prepend(after[0])  # the seed depends on nothing
+    if after is not None and order[after] > order[anchor]:
+        anchor.prepend(after)  # the seed depends on nothing
     at = emitter.at(anchor, site)
     code = "sign" if threshold is None else "threshold"
     operands = region.arguments(at)
     keep = (bool(readers.others), bool(readers.masks))
-    args = (operands, str(region.program), code, region.window, *keep, *(after or [None]), *rule.values())
+    args = (operands, str(region.program), code, region.window, *keep, after, *rule)
     bits, mask, values, below = at.call("fused", fqt.fused_activation.default, *args)
-    for item in list(pack.users) if is_call(pack, fqt.pack_activation.default) else []:
-        replacement = (bits, mask)[arguments(item)[1]]
+    for item in list(pack.users) if packing else []:
+        replacement = (bits, mask)[Call(item).index]
         replacement.meta.update({k: item.meta[k] for k in ("recompute",) if k in item.meta})
         item.replace_all_uses_with(replacement)
     for words in readers.masks:
@@ -198,7 +199,7 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     if readers.others:
         kept = at.cast("fused", values, value(x).dtype)
         x.replace_all_uses_with(kept, delete_user_cb=lambda user: user in readers.others + readers.later)
-    fused: fx.Node = arguments(bits)[0]
+    fused: fx.Node = Call(bits).source
     return fused
 
 
@@ -211,14 +212,14 @@ def _fuse_weight_gradients(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not is_call(node, fqt.weight_gradient.default):
             continue
-        grad_hat, weight, alpha, mode = arguments(node)
-        if not is_call(grad_hat, fqt.dequantize_grad_weight.default) or arguments(grad_hat)[4] is not None:
+        through, dequantize = Call(node), Call(Call(node).grad_hat)
+        if not is_call(dequantize.node, fqt.dequantize_grad_weight.default) or dequantize.channels is not None:
             continue
-        acc, _, scale, zero_point, *_ = arguments(grad_hat)
-        product = arguments(acc)[0]
-        lanes, x_bits, rows, _, _, code, size, _, stride, padding = arguments(product)
+        product = Call(Call(dequantize.acc).source)
         at = emitter.at(node, provenance(node).site)  # type: ignore[union-attr]
-        args = (lanes, x_bits, rows, scale, zero_point, weight, alpha, mode, code, size, stride, padding)
+        quantized = (product.lanes, product.x_bits, product.rows, dequantize.scale, dequantize.zero_point)
+        weight = (through.weight, through.weight_scale, through.mode)
+        args = (*quantized, *weight, product.code, product.output_size, product.stride, product.padding)
         node.replace_all_uses_with(at.call("grad_weight", fqt.grad_weight.default, *args))
     graph.eliminate_dead_code()
 
@@ -236,5 +237,5 @@ def narrow(state: State) -> None:
             continue
         users = [u for u in node.users if u in live]
         if users and all(u.target in readers for u in users):
-            node.args = (*node.args[:7], True)
+            Call(node).replace(narrow=True)
             node.meta["val"] = value(node).to(torch.int16)

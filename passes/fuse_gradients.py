@@ -14,13 +14,13 @@ computes it.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
 from ..kernels.program import FULL, SECOND, VALUES
-from .graph import Emitter, arguments, aten, is_backward, is_call, provenance, value
+from .call import Call, takes
+from .graph import Emitter, aten, is_backward, is_call, provenance, value
 from .local import live_nodes
 from .region import Region, are_readable, is_supported
 from .state import State, graph_pass, no_float_left
@@ -37,14 +37,6 @@ READERS = frozenset(
         fqt.max_pool_gradient.default,
     }
 )
-PROGRAM_AT: dict[Any, int] = {
-    fqt.fused_gradient.default: 0,
-    fqt.gradient_moments.default: 0,
-    fqt.max_pool_gradient.default: 1,
-}
-"""Position of the operands of an operation's program; its text follows."""
-COMPACT_AT: dict[Any, int] = {fqt.quantize_rows.default: 7, fqt.quantize_channels.default: 8}
-"""Position of the argument ``compact``; ``extremes`` follows."""
 MAX_FULL_OPERANDS, MAX_STATEMENTS = 6, 48
 
 
@@ -71,7 +63,8 @@ def fuse_gradients(state: State) -> None:
             if measured or not is_call(x, fqt.dequantize_grad_input.default):
                 _replace(emitter, x, region, _site(readers[0]), measured)
     graph.eliminate_dead_code()
-    state.regions += [(_site(node), node) for node in graph.nodes if node.target in PROGRAM_AT]
+    programs = (n for n in graph.nodes if takes(n, "operands", "text") and is_backward(n))
+    state.regions += [(_site(node), node) for node in programs]
 
 
 def _site(node: fx.Node) -> str:
@@ -92,22 +85,20 @@ def _readers_that_compute(x: fx.Node, live: set[fx.Node]) -> dict[fx.Node, fx.No
 
 def _place_for_program(user: fx.Node, x: fx.Node) -> list[fx.Node | None]:
     """``[first operand]`` of the program that can compute ``x`` inside of ``user``; empty if none can."""
+    call = Call(user)
     if is_call(user, fqt.gradient_moments.default):
-        operands, text = arguments(user)[:2]
-        return [operands[0]] if text == SECOND and operands[0] is not x else []
+        y = call.operands[0]
+        return [y] if call.text == SECOND and y is not x else []
     if is_call(user, fqt.max_pool_gradient.default):
-        g, _, text, kernel, stride, _ = arguments(user)
-        overlap = any(k > s for k, s in zip(kernel, stride, strict=True))  # would compute a value once for each
-        return [] if overlap or text != VALUES or g is x else [None]
+        overlap = any(k > s for k, s in zip(call.kernel, call.stride, strict=True))  # would compute a value for each
+        return [] if overlap or call.text != VALUES or call.g is x else [None]
     return []
 
 
 def _compute_inside(emitter: Emitter, user: fx.Node, region: _GradientRegion) -> None:
     """Let ``user`` compute the values that it reads."""
-    at, position = emitter.at(user, _site(user)), PROGRAM_AT[user.target]
-    args = list(user.args)
-    args[position : position + 2] = [region.arguments(at), str(region.program)]
-    user.args = tuple(args)
+    operands = region.arguments(emitter.at(user, _site(user)))
+    Call(user).replace(operands=operands, text=str(region.program))
 
 
 class _GradientRegion(Region):
@@ -138,14 +129,14 @@ class _GradientRegion(Region):
 
     def is_beside_packed(self) -> bool:
         """Does a packed operation make or read a tensor of the region? Then it is in NHWC memory already."""
-        makers = [arguments(s)[0] if is_call(s, operator.getitem) else s for s in self.sources]
+        makers = [Call(s).source if is_call(s, operator.getitem) else s for s in self.sources]
         made = any(getattr(maker.target, "namespace", None) == "fqt" for maker in makers)
         return made or any(user.target in READERS for source in self.sources for user in source.users)
 
 
 def is_convolution_gradient(user: fx.Node, x: fx.Node) -> bool:
     """Does ``user`` differentiate a float convolution whose gradient is ``x``?"""
-    return is_call(user, aten.convolution_backward.default) and arguments(user)[0] is x
+    return is_call(user, aten.convolution_backward.default) and Call(user).grad_output is x
 
 
 def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, measured: list[fx.Node]) -> None:
@@ -153,30 +144,21 @@ def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, measured: 
     users = [user for user in x.users if is_backward(user)]
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     at = emitter.at(x.next if is_backward(x) else min(users, key=order.__getitem__), site)
-    scales = {arguments(user)[1] for user in measured if is_call(user, fqt.quantize_rows.default)}
+    scales = {Call(user).weight_scale for user in measured if is_call(user, fqt.quantize_rows.default)}
     if len(scales) > 1:
         measured = []
     scale = next(iter(scales), None)
     args = (region.arguments(at), str(region.program), bool(measured), scale)
     values, rows, channels = at.call("fused", fqt.fused_gradient.default, *args)
     for user in measured:
-        _give_extremes(user, rows if is_call(user, fqt.quantize_rows.default) else channels)
+        Call(user).replace(extremes=rows if is_call(user, fqt.quantize_rows.default) else channels)
     new = at.cast("fused", values, value(x).dtype)
     x.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
-    fused: fx.Node = arguments(values)[0]
+    fused: fx.Node = Call(values).source
     for node in (fused, *fused.users):
         # Some depend on no tangent (a pool's input): the partitioner would compute and save them in the forward.
         node.meta["partitioner_tag"] = "must_be_in_backward"
 
 
 def _takes_extremes(user: fx.Node, every_row_is_kept: bool) -> bool:
-    position = COMPACT_AT.get(user.target)
-    if position is None:
-        return False
-    compact = len(user.args) > position and bool(user.args[position])
-    return compact or every_row_is_kept
-
-
-def _give_extremes(user: fx.Node, extremes: fx.Node) -> None:
-    position = COMPACT_AT[user.target]
-    user.args = (*(*user.args, False)[: position + 1], extremes)
+    return takes(user, "extremes") and (every_row_is_kept or Call(user).compact)

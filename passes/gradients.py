@@ -20,12 +20,13 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..kernels.program import VALUES
+from .call import Call
 from .graph import (
     VIEWS,
     Emitter,
     Insertion,
-    arguments,
     aten,
+    first,
     is_backward,
     is_call,
     is_tensor,
@@ -73,13 +74,13 @@ class _Rewriter:
             for replaced in (*filter(_is_copied_to_nhwc, node.users), node):
                 replaced.replace_all_uses_with(new)
         elif _is_masked_already(node):
-            node.replace_all_uses_with(arguments(node)[2])  # before its mask is saved for nothing
-        elif is_call(node, aten.where.self) and self._is_worth_saving(arguments(node)[0], node):
-            mask = arguments(node)[0]
+            node.replace_all_uses_with(Call(node).other)  # before its mask is saved for nothing
+        elif is_call(node, aten.where.self) and self._is_worth_saving(Call(node).condition, node):
+            mask = Call(node).condition
             if mask not in self.masks:
                 bits, at = self._save_bits(mask), self.at(node)
                 self.masks[mask] = at.call("mask", fqt.unpack_bool.default, bits, value(mask).shape[1])
-            node.update_arg(0, self.masks[mask])
+            Call(node).replace(condition=self.masks[mask])
 
     def _is_worth_saving(self, mask: fx.Node, node: fx.Node) -> bool:
         if not has_rows(mask, node) or value(mask).dim() < 2 or isinstance(value(mask).shape[1], torch.SymInt):
@@ -153,14 +154,19 @@ def _copy_down(emitter: Emitter, at: Insertion, node: fx.Node) -> fx.Node:
     return copied
 
 
+def is_not_positive(node: object) -> bool:
+    """``x <= 0``."""
+    return is_call(node, aten.le.Scalar) and Call(node).other == 0
+
+
 def _is_masked_already(node: fx.Node) -> bool:
     """``where(x <= 0, 0, g)`` of a g that is zero there."""
     if not is_call(node, aten.where.self):
         return False
-    is_zeroed, zero, g = arguments(node)
-    if not is_call(is_zeroed, aten.le.Scalar) or arguments(is_zeroed)[1] != 0 or not is_zero(zero):
+    masked = Call(node)
+    if not is_not_positive(masked.condition) or not is_zero(masked.self):
         return False
-    return strip(arguments(is_zeroed)[0], {aten.alias.default}) is _positive_input(g)
+    return strip(Call(masked.condition).self, {aten.alias.default}) is _positive_input(masked.other)
 
 
 def _positive_input(g: fx.Node) -> fx.Node | None:
@@ -169,14 +175,12 @@ def _positive_input(g: fx.Node) -> fx.Node | None:
     The mask of the code ``threshold`` (reference.activation_mask) is inside x > 0, and a max-pool's gradient goes to
     maxima.
     """
-    if is_call(g, fqt.dequantize_grad_input.default) and is_call(arguments(g)[5], operator.getitem):
-        x, threshold, *_ = arguments(arguments(arguments(g)[5])[0])
-        return x if threshold is not None else None
+    if is_call(g, fqt.dequantize_grad_input.default) and is_call(Call(g).mask, operator.getitem):
+        packing = Call(Call(Call(g).mask).source)
+        return packing.x if packing.threshold is not None else None
     if is_call(g, fqt.max_pool_gradient.default):
-        pooled, x = _positive_input(arguments(g)[0]), arguments(g)[1][0]
-        is_its_pool = (
-            pooled is not None and pooled.target is operator.getitem and arguments(arguments(pooled)[0])[0] is x
-        )
+        pooled, x = _positive_input(Call(g).g), Call(g).operands[0]
+        is_its_pool = is_call(pooled, operator.getitem) and first(Call(pooled).source) is x
         return x if is_its_pool else None
     return None
 
@@ -197,19 +201,17 @@ class MaxPoolBackward:
 
 def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | None:
     """``view(scatter_add(0, 1, view(positions), view(g)))``, without dilation and ceil_mode; g may be a copy."""
-    scatter = strip(arguments(node)[0], VIEWS) if node.target in VIEWS and value(node).dim() == 4 else None
+    scatter = strip(first(node), VIEWS) if node.target in VIEWS and value(node).dim() == 4 else None
     if scatter is None or not is_call(scatter, aten.scatter_add.default):
         return None
-    _, _, index, source = arguments(scatter)
-    to_indices = strip(index, VIEWS)
+    to_indices = strip(Call(scatter).index, VIEWS)
     if not is_call(to_indices, prims._low_memory_max_pool_offsets_to_indices.default):
         return None
-    gradient = source
+    gradient = Call(scatter).src
     while gradient.target in VIEWS and value(gradient).dim() != 4:
-        gradient = arguments(gradient)[0]
+        gradient = first(gradient)
     gradient = strip(gradient, {aten.clone.default})
-    pool = arguments(strip(arguments(to_indices)[0], VIEWS))[0]
-    x, kernel, stride, padding, dilation, ceil_mode = arguments(pool)
-    if ceil_mode or any(d != 1 for d in dilation) or not is_tensor(gradient) or value(gradient).dim() != 4:
+    pool = Call(Call(strip(Call(to_indices).self, VIEWS)).source)
+    if pool.ceil_mode or any(d != 1 for d in pool.dilation) or not is_tensor(gradient) or value(gradient).dim() != 4:
         return None
-    return MaxPoolBackward(gradient, x, (list(kernel), list(stride), list(padding)))
+    return MaxPoolBackward(gradient, pool.self, (list(pool.kernel_size), list(pool.stride), list(pool.padding)))

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from .call import Call
 from .claims import claim, claimed_once
-from .graph import CASTS, VIEWS, arguments, aten, is_backward, strip, tag_backward, value
-from .sites import Site, operands, through_casts
+from .graph import CASTS, VIEWS, aten, is_backward, strip, tag_backward, value
+from .sites import Site, factors, operands, through_casts
 from .state import State, graph_pass
 
 LINEAR = frozenset({aten.addmm.default, aten.mm.default})
@@ -54,21 +55,21 @@ def _match_forward(node: fx.Node, index: int) -> Site | None:
 
 def _match_convolution(node: fx.Node, index: int) -> Site:
     x, weight, bias = operands(node)
-    stride, padding, dilation, transposed, _, groups = arguments(node)[3:]
+    call = Call(node)
     spatial = value(weight).dim() - 2
     return Site(
         index=index,
         name="",
-        kind=f"conv{'_transpose' if transposed else ''}{spatial}d",
+        kind=f"conv{'_transpose' if call.transposed else ''}{spatial}d",
         output=node,
         x=x,
         weight=weight,
         bias=bias,
-        stride=_per_axis(stride, spatial),
-        padding=_per_axis(padding, spatial),
-        dilation=_per_axis(dilation, spatial),
-        transposed=transposed,
-        groups=groups,
+        stride=_per_axis(call.stride, spatial),
+        padding=_per_axis(call.padding, spatial),
+        dilation=_per_axis(call.dilation, spatial),
+        transposed=call.transposed,
+        groups=call.groups,
     )
 
 
@@ -90,7 +91,7 @@ def _match_linear(node: fx.Node, index: int) -> Site | None:
         x=x,
         weight=weight,
         bias=bias,
-        weight_is_transposed=through_casts(arguments(node)[-1]) is weight,
+        weight_is_transposed=through_casts(factors(node)[1]) is weight,
         rows_are_tokens=_rows_are_tokens(x),
     )
     if node.kwargs:

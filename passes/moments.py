@@ -19,7 +19,8 @@ import torch
 from torch import fx
 
 from ..kernels.program import SECOND
-from .graph import VIEWS, Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
+from .call import Call
+from .graph import VIEWS, Emitter, aten, is_backward, is_call, prims, provenance, strip, value
 from .local import is_channel_vector, is_pointwise
 from .region import PASSED_ON
 from .state import State, graph_pass
@@ -53,7 +54,7 @@ def _exact_moments(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
             continue
-        output = match_dequantized(arguments(node)[0])
+        output = match_dequantized(Call(node).self)
         if output is None:
             continue
         made = provenance(output.acc)
@@ -72,7 +73,7 @@ def _float_moments(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
             continue
-        output = match_convolution(arguments(node)[0])
+        output = match_convolution(Call(node).self)
         if output is None or not (is_backward(node) or _leads_to_packing(output.acc)):
             continue
         _replace_items(node, emitter.at(node, "step").call("statistics", fqt.float_moments.default, output.acc))
@@ -80,7 +81,7 @@ def _float_moments(graph: fx.Graph) -> None:
 
 def _replace_items(node: fx.Node, results: tuple[fx.Node, ...]) -> None:
     for item in list(node.users):
-        item.replace_all_uses_with(results[arguments(item)[1]])
+        item.replace_all_uses_with(results[Call(item).index])
 
 
 def _replace_pairs(graph: fx.Graph, match: Callable[[fx.Node], Dequantized | None]) -> None:
@@ -112,7 +113,7 @@ def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Deq
     center = viewed[0] if viewed else center
     args = ([output.acc, g], SECOND, output.alpha, output.bias, center)
     total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
-    for made in (*viewed, arguments(total)[0], total, moment):  # the last operand may be one of the forward
+    for made in (*viewed, Call(total).source, total, moment):  # the last operand may be one of the forward
         made.meta.update(partitioner_tag="is_backward", autograd_backward=True)
     node.replace_all_uses_with(moment)
     for other in others:
@@ -135,15 +136,15 @@ def _leads_to_packing(node: fx.Node) -> bool:
 
 def _is_float_moment(center: fx.Node) -> bool:
     squeezed = strip(center, VIEWS | {aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim})
-    return is_call(squeezed, operator.getitem) and is_call(arguments(squeezed)[0], fqt.float_moments.default)
+    return is_call(squeezed, operator.getitem) and is_call(Call(squeezed).source, fqt.float_moments.default)
 
 
 def _is_batch_sum(node: fx.Node) -> bool:
-    """A float32 sum over all axes but the channel's, without keepdim."""
-    if not is_call(node, aten.sum.dim_IntList) or not is_backward(node) or len(arguments(node)) > 2:
+    """A float32 sum over all axes but the channel's; not that of a bias, which spells keepdim out (`backward`)."""
+    if not is_call(node, aten.sum.dim_IntList) or not is_backward(node) or len(node.args) > 2:
         return False
-    source = value(arguments(node)[0])
-    axes = sorted(axis % source.dim() for axis in arguments(node)[1])
+    source = value(Call(node).self)
+    axes = sorted(axis % source.dim() for axis in Call(node).dim)
     return bool(source.dtype == torch.float32 and axes == [0, *range(2, source.dim())])
 
 
@@ -151,12 +152,13 @@ def _match_gradient_moment(
     node: fx.Node, match: Callable[[fx.Node], Dequantized | None]
 ) -> tuple[fx.Node, Dequantized, fx.Node] | None:
     """``sum(mul(g, sub(y, view(center))))`` of a y that ``match`` knows, as (g, y, center)."""
-    if not _is_batch_sum(node) or not is_call(arguments(node)[0], aten.mul.Tensor):
+    if not _is_batch_sum(node) or not is_call(Call(node).self, aten.mul.Tensor):
         return None
-    for g, centered in (arguments(arguments(node)[0])[:2], arguments(arguments(node)[0])[1::-1]):
+    factors = (Call(Call(node).self).self, Call(Call(node).self).other)
+    for g, centered in (factors, factors[::-1]):
         if not isinstance(g, fx.Node) or not is_call(centered, aten.sub.Tensor) or centered.kwargs:
             continue
-        y, center = arguments(centered)[:2]
+        y, center = Call(centered).self, Call(centered).other
         output = match(y) if isinstance(y, fx.Node) else None
         if output is not None and is_channel_vector(center, centered):
             return g, output, strip(center, VIEWS | {aten.unsqueeze.default})
@@ -164,36 +166,36 @@ def _match_gradient_moment(
 
 
 def _over_batch(node: fx.Node) -> bool:
-    rank = value(arguments(node)[0]).dim()
-    axes = sorted(axis % rank for axis in arguments(node)[1])
-    plain: bool = node.kwargs.get("correction") in (0, 0.0) and node.kwargs.get("keepdim") is True
-    return plain and bool(axes == [0, *range(2, rank)])
+    call = Call(node)
+    rank = value(call.self).dim()
+    axes = sorted(axis % rank for axis in call.dim)
+    return call.correction == 0 and call.keepdim is True and axes == [0, *range(2, rank)]
 
 
 def match_dequantized(node: fx.Node) -> Dequantized | None:
     """``mul(float(acc), view(alpha))``, or ``add`` of a bias to it."""
     bias = None
-    if is_call(node, aten.add.Tensor) and not node.kwargs and is_channel_vector(arguments(node)[1], node):
-        node, bias = arguments(node)[0], strip(arguments(node)[1], VIEWS)
-    if not is_call(node, aten.mul.Tensor) or not is_call(arguments(node)[0], prims.convert_element_type.default):
+    if is_call(node, aten.add.Tensor) and not node.kwargs and is_channel_vector(Call(node).other, node):
+        node, bias = Call(node).self, strip(Call(node).other, VIEWS)
+    if not is_call(node, aten.mul.Tensor) or not is_call(Call(node).self, prims.convert_element_type.default):
         return None
-    if not is_channel_vector(arguments(node)[1], node):
+    if not is_channel_vector(Call(node).other, node):
         return None
-    acc = arguments(arguments(node)[0])[0]
+    acc = Call(Call(node).self).a
     if not is_call(acc, fqt.output_product.default) or (bias is not None and value(bias).dim() != 1):
         return None
-    return Dequantized(acc, strip(arguments(node)[1], VIEWS), bias)
+    return Dequantized(acc, strip(Call(node).other, VIEWS), bias)
 
 
 def match_convolution(node: fx.Node) -> Dequantized | None:
     """A float32 convolution, or a bfloat16 one as float32; other casts change values."""
     if is_call(node, prims.convert_element_type.default) and value(node).dtype == torch.float32:
-        node = arguments(node)[0]
+        node = Call(node).a
     known = is_call(node, aten.convolution.default) and value(node).dtype in (torch.float32, torch.bfloat16)
     return Dequantized(node, None, None) if known else None
 
 
 def largest_output(acc: fx.Node) -> int:
     """A bound of |acc|: how many products +-1 or 0 one output adds up."""
-    _, w_bits, in_channels = arguments(acc)[:3]
-    return int(in_channels * math.prod(value(w_bits).shape[1:-2]))
+    product = Call(acc)
+    return int(product.in_channels * math.prod(value(product.w_bits).shape[1:-2]))

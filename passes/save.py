@@ -12,7 +12,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils.checkpoint import CheckpointPolicy
 
-from .graph import arguments, is_training, value
+from .call import Call
+from .graph import is_training, value
 from .state import State, graph_pass
 
 WEIGHT_SHARE = 8
@@ -30,7 +31,7 @@ def save(state: State) -> None:
     for site in state.forward.values():
         activations = (site.x_bits, site.mask)
         # The operation itself returns a tuple, which cannot be saved: it must be recomputable for its items to be.
-        weights = (arguments(site.w_bits)[0], site.w_bits, site.weight_scale)
+        weights = (Call(site.w_bits).source, site.w_bits, site.weight_scale)
         save_weights = _hint(site.w_bits) <= WEIGHT_SHARE * (_hint(site.x_bits) + _hint(site.mask))
         for node in activations:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

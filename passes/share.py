@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
+from .call import Call
 from .graph import provenance
 from .state import State, graph_pass, no_float_left
 
@@ -28,14 +31,14 @@ def share(state: State) -> None:
     The seed that rides on the first ``pack_activation`` is not part of what it computes.
     """
     state.graph.eliminate_dead_code()
-    first: dict[object, fx.Node] = {}
+    first: dict[tuple[object, ...], fx.Node] = {}
     for node in list(state.graph.nodes):
         if node.op != "call_function" or provenance(node) is None:
             continue
-        if node.target in SHAREABLE:
-            key = (node.target, node.args[:2] if node.target is fqt.pack_activation.default else node.args)
-        elif node.name.startswith("getitem") and isinstance(node.args[0], fx.Node) and node.args[0].target in SHAREABLE:
-            key = (node.target, node.args)
+        if node.target is fqt.pack_activation.default:
+            key = (node.target, Call(node).x, Call(node).threshold)
+        elif node.target in SHAREABLE or (node.target is operator.getitem and Call(node).source.target in SHAREABLE):
+            key = (node.target, *node.args)
         else:
             continue
         kept = first.setdefault(key, node)

@@ -11,7 +11,8 @@ from collections.abc import Collection
 
 from torch import fx
 
-from .graph import CASTS, TRANSPOSES, arguments, aten, provenance, value
+from .call import Call
+from .graph import CASTS, TRANSPOSES, aten, first, provenance, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,33 +103,39 @@ class Site:
 
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Input, weight and bias of a layer's forward node."""
+    call = Call(node)
     if node.target is aten.convolution.default:
-        x, weight, bias = arguments(node)[:3]
+        x, weight, bias = call.input, call.weight, call.bias
     else:
-        *first, x, weight = arguments(node)
-        bias = first[0] if first else None
+        x, weight, bias = factors(node)
         plain = through_casts(weight)
-        weight = arguments(plain)[0] if plain.op == "call_function" and plain.target in TRANSPOSES else plain
+        weight = first(plain) if plain.op == "call_function" and plain.target in TRANSPOSES else plain
     return through_casts(x), through_casts(weight), None if bias is None else through_casts(bias)
+
+
+def factors(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Both factors of a linear layer's product as they stand in the graph, and what is added."""
+    call = Call(node)
+    return (call.mat1, call.mat2, call.self) if node.target is aten.addmm.default else (call.self, call.mat2, None)
 
 
 def _gradient(site: Site) -> fx.Node:
     """The gradient of a trained site's output, as one of its own backward nodes reads it."""
     if site.kind != "linear":
         assert site.backward is not None
-        return _first(site.backward)
+        return _node(Call(site.backward).grad_output)
     if site.grad_input is not None:
-        return _first(site.grad_input)
+        return _node(Call(site.grad_input).self)
     if site.grad_weight is None:
         assert site.grad_bias is not None
-        return _first(site.grad_bias)
-    g: fx.Node = arguments(site.grad_weight)[1 - site.input_side]
-    return _through(g, CASTS | TRANSPOSES) if site.input_side == 1 else g
+        return _node(Call(site.grad_bias).self)
+    product = Call(site.grad_weight)
+    return _node(product.mat2) if site.input_side == 0 else _through(product.self, CASTS | TRANSPOSES)
 
 
-def _first(node: fx.Node) -> fx.Node:
-    first: fx.Node = arguments(node)[0]
-    return first
+def _node(operand: fx.Node) -> fx.Node:
+    """Says the type of an operand."""
+    return operand
 
 
 def through_casts(node: fx.Node) -> fx.Node:
@@ -138,5 +145,5 @@ def through_casts(node: fx.Node) -> fx.Node:
 def _through(node: fx.Node, targets: Collection[object]) -> fx.Node:
     """Like `strip`, but a cast made by a pass stays: it rounds a replaced value where the model did."""
     while node.op == "call_function" and node.target in targets and provenance(node) is None:
-        node = _first(node)
+        node = first(node)
     return node
