@@ -21,7 +21,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from ..kernels import reference
 from .call import Call
-from .graph import Emitter, aten, is_call, provenance, value
+from .graph import Emitter, aten, is_call, site_of, value
 from .local import same
 from .state import State, graph_pass
 
@@ -85,8 +85,7 @@ def _write_out(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in {*FORWARD, BACKWARD}:
             continue
-        made = provenance(node)
-        at = emitter.at(node, made.site if made else "step")
+        at = emitter.at(node, site_of(node))
         results = at.inline("batch_norm", table[node.target], *node.args, **node.kwargs)
         for item in list(node.users):
             item.replace_all_uses_with(results[Call(item).index])

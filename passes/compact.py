@@ -10,7 +10,7 @@ the operators allow, float operations included:
                                      single product or convolution of the input leads to them
 
 No number changes but the order of float sums: an operator that mixes rows in a way not listed here keeps its full
-operands, and the pass records which (`CompactedRows.reasons`).
+operands, and the pass says which (`State.not_optimized`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from torch import fx
 
 from .call import Call, takes
-from .gradients import row_sources
 from .graph import (
     REQUIRES_STRIDES,
     Emitter,
@@ -31,11 +30,13 @@ from .graph import (
     is_call,
     operator_of,
     provenance,
+    site_of,
     strip,
     value,
 )
-from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands
-from .state import CompactedRows, State, graph_pass, no_float_left
+from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands, row_sources
+from .refusal import NotOptimized, Refusal
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 
@@ -44,12 +45,17 @@ fqt = torch.ops.fqt
 def compact(state: State) -> None:
     """Rewrite the backward below the choice of rows (int32 ``[K]``, all of them used), if there is one."""
     if state.kept_rows is None:
+        if state.step_rows is not None:
+            why = "prune='bernoulli' keeps a random number of rows"
+            state.not_optimized.append(NotOptimized("all layers", "compact", why))
         return
     compaction = _Compaction(state.graph, state.kept_rows)
     for node in list(state.graph.nodes):
         if node.op == "call_function" and is_backward(node):
             compaction.visit(node)
-    state.compacted = compaction.finish()
+    for node, refusal in compaction.finish():
+        state.refuse("compact", node, refusal)
+    state.compacted = len(compaction.kept)
     state.graph.eliminate_dead_code()
 
 
@@ -65,8 +71,7 @@ class _Compaction:
         """Values whose rows that are not kept are zero."""
 
     def at(self, node: fx.Node) -> Insertion:
-        made = provenance(node)
-        return self.emitter.at(node, made.site if made else "step")
+        return self.emitter.at(node, site_of(node))
 
     # -- backward values ---------------------------------------------------------------------------------------
 
@@ -157,16 +162,16 @@ class _Compaction:
 
     # -- the end -----------------------------------------------------------------------------------------------
 
-    def finish(self) -> CompactedRows:
-        """Where full rows are still read, make them from the kept ones if the others are zero; report the rest."""
-        report = CompactedRows(len(self.kept))
+    def finish(self) -> list[tuple[fx.Node, Refusal]]:
+        """Where full rows are still read, make them from the kept ones if the others are zero; which, and for whom."""
+        refused = []
         live = live_nodes(self.graph)
         for node in self.kept:
             readers = [user for user in node.users if user in live and user not in self.kept]
             if not readers:
                 continue
             names = ", ".join(sorted({str(user.target) for user in readers}))
-            report.reasons.append(f"full rows of {node.name} for {names}")
+            refused.append((node, Refusal(f"full rows of {node.name} for {names}")))
             if node in self.zero and node.target is not fqt.scatter_rows.default:
                 at = self.at(node)
                 at.anchor = node.next
@@ -174,4 +179,4 @@ class _Compaction:
                 full = at.call("scatter", fqt.scatter_rows.default, self.kept[node], self.rows, size)
                 for reader in readers:
                     reader.replace_input_with(node, full)
-        return report
+        return refused

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .call import Call
 from .graph import Emitter, aten, is_tensor, operator_of, provenance, value
 from .state import State, graph_pass
 
@@ -61,5 +62,5 @@ def _results(node: fx.Node) -> list[fx.Node | None]:
         return [node]
     items: list[fx.Node | None] = [None] * len(value(node))
     for item in node.users:
-        items[int(item.args[1])] = item  # type: ignore[arg-type]
+        items[Call(item).index] = item
     return items

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -20,11 +21,11 @@ from torch import fx
 from ..kernels.packing import INT16_LIMIT
 from ..kernels.program import FULL, POOL
 from .call import Call
-from .gradients import is_not_positive
-from .graph import Emitter, aten, is_backward, is_call, prims, provenance, strip, value
-from .local import live_nodes
+from .graph import Emitter, aten, is_backward, is_call, prims, site_of, strip, value
+from .local import is_not_positive, live_nodes
 from .moments import largest_output
-from .region import SOURCES, Region, are_readable, is_supported
+from .refusal import Refusal, name_of
+from .region import SOURCES, Region, are_readable, is_supported, unreadable
 from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
@@ -34,26 +35,25 @@ MAX_FULL_OPERANDS = 4
 @graph_pass(requires=("exact statistics",), ensures="fused activations", check=no_float_left)
 def fuse(state: State) -> None:
     """Fuse what can be fused in front of packed activations, and behind the integers of a weight's gradient."""
-    state.regions += _fuse_activations(state.graph)
+    for x_of in (_packed_activation, _packed_mask):
+        _fuse_activations(state, x_of)
+        state.graph.eliminate_dead_code()
     _fuse_weight_gradients(state.graph)
 
 
-def _fuse_activations(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
-    """Fuse what can be fused; returns layer and call of each region."""
-    emitter = Emitter(graph, "fuse")
-    fused: list[tuple[str, fx.Node]] = []
-    for x_of in (_packed_activation, _packed_mask):
-        for pack in list(graph.nodes):
-            x = None if is_backward(pack) else x_of(pack)
-            if x is None:
-                continue
-            region = _ActivationRegion(graph, x, live_nodes(graph))
-            if region.statements:
-                made = provenance(pack)
-                site = made.site if made else "step"
-                fused.append((site, _replace(emitter, x, pack, region, site)))
-        graph.eliminate_dead_code()
-    return fused
+def _fuse_activations(state: State, x_of: Callable[[fx.Node], fx.Node | None]) -> None:
+    """Fuse what leads to every ``x_of(node)``, a value that ``node`` packs."""
+    emitter = Emitter(state.graph, "fuse")
+    for pack in list(state.graph.nodes):
+        x = None if is_backward(pack) else x_of(pack)
+        if x is None:
+            continue
+        region = _match_activation(state.graph, x, live_nodes(state.graph))
+        if isinstance(region, Refusal):
+            if is_call(pack, fqt.pack_activation.default):
+                state.refuse("fuse", pack, region)
+            continue
+        state.regions.append(_replace(emitter, x, pack, region))
 
 
 def _packed_activation(node: fx.Node) -> fx.Node | None:
@@ -69,32 +69,39 @@ def _packed_mask(node: fx.Node) -> fx.Node | None:
     return strip(Call(mask).self, {aten.alias.default}) if is_not_positive(mask) else None
 
 
-class _ActivationRegion(Region):
-    """The operators that only the activation ``x`` needs; a max-pool may stand between two parts of them."""
+def _match_activation(graph: fx.Graph, x: fx.Node, live: set[fx.Node]) -> _ActivationRegion | Refusal:
+    """The program that computes the activation ``x``."""
+    region = _ActivationRegion(graph, live)
+    absorbed, sources = region.absorb_private(x)
+    if not absorbed and not region.is_max_pool(x, absorbed, x):
+        return Refusal(f"its input is made by {name_of(x)}, which no program says")
+    if len(sources) == 1 and region.is_max_pool(sources[0], absorbed, x):
+        pooled, pool = sources[0], Call(Call(sources[0]).source)
+        inner, sources = region.absorb_private(pool.self, only_for=pool.node)
+        if not are_readable(sources):
+            return unreadable(sources)
+        region.emit(inner, sources)
+        region.window = [*pool.kernel_size, *pool.stride, *pool.padding]
+        region.state(pooled, POOL, [region.argument(pool.self)])
+        sources = []
+    full = len(sources) + sum(kind == FULL for _, kind in region.operands)
+    if full > MAX_FULL_OPERANDS:
+        return Refusal(f"its input is computed from {full} tensors, at most {MAX_FULL_OPERANDS} are read")
+    if not are_readable(sources):
+        return unreadable(sources)
+    region.emit(absorbed, sources)
+    return region if region.says(x) else Refusal("at most a scale and a shift lead to its input")
 
-    def __init__(self, graph: fx.Graph, x: fx.Node, live: set[fx.Node]) -> None:
+
+class _ActivationRegion(Region):
+    """The operators that only the activation needs; a max-pool may stand between two parts of them."""
+
+    def __init__(self, graph: fx.Graph, live: set[fx.Node]) -> None:
         super().__init__(graph)
         self.live = live
         self.window: list[int] = []
-        absorbed, sources = self._absorb(x)
-        if len(sources) == 1 and self._max_pool(sources[0], absorbed, x):
-            pooled = sources[0]
-            pool = Call(Call(pooled).source)
-            inner, sources = self._absorb(pool.self, only_for=pool.node)
-            if not are_readable(sources):
-                return
-            self.emit(inner, sources)
-            self.window = [*pool.kernel_size, *pool.stride, *pool.padding]
-            self.state(pooled, POOL, [self.argument(pool.self)])
-            sources = []
-        full = len(sources) + sum(kind == FULL for _, kind in self.operands)
-        if full <= MAX_FULL_OPERANDS and are_readable(sources):
-            self.emit(absorbed, sources)
-            if self.statements and self.argument(x) == self.statements[-1].name:
-                return
-        self.statements.clear()  # not all of x can be said: nothing is fused
 
-    def _absorb(self, x: fx.Node, only_for: fx.Node | None = None) -> tuple[list[fx.Node], list[fx.Node]]:
+    def absorb_private(self, x: fx.Node, only_for: fx.Node | None = None) -> tuple[list[fx.Node], list[fx.Node]]:
         """`absorb` the operators that nothing else in the forward reads; ``only_for``: that reads x inside."""
 
         def is_read_outside(node: fx.Node, absorbed: list[fx.Node]) -> bool:
@@ -106,7 +113,7 @@ class _ActivationRegion(Region):
     def _forward_users(self, node: fx.Node) -> list[fx.Node]:
         return [u for u in node.users if u in self.live and not is_backward(u) and not _serves_backward(u)]
 
-    def _max_pool(self, node: fx.Node, absorbed: list[fx.Node], x: fx.Node) -> bool:
+    def is_max_pool(self, node: fx.Node, absorbed: list[fx.Node], x: fx.Node) -> bool:
         """Is ``node`` the values of a plain 2-D max-pool that nothing outside the region reads?"""
         if not is_call(node, operator.getitem) or Call(node).index != 0:
             return False
@@ -171,7 +178,7 @@ def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
     return None
 
 
-def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationRegion, site: str) -> fx.Node:
+def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationRegion) -> fx.Node:
     """``pack``: the packing of x, or of its negative mask alone."""
     packing = Call(pack) if is_call(pack, fqt.pack_activation.default) else None
     threshold, after = (packing.threshold, packing.after) if packing else (None, None)
@@ -183,7 +190,7 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     anchor = min((*readers.masks, *readers.others, pack), key=order.__getitem__)
     if after is not None and order[after] > order[anchor]:
         anchor.prepend(after)  # the seed depends on nothing
-    at = emitter.at(anchor, site)
+    at = emitter.at(anchor, site_of(pack))
     code = "sign" if threshold is None else "threshold"
     operands = region.arguments(at)
     keep = (bool(readers.others), bool(readers.masks))
@@ -216,7 +223,7 @@ def _fuse_weight_gradients(graph: fx.Graph) -> None:
         if not is_call(dequantize.node, fqt.dequantize_grad_weight.default) or dequantize.channels is not None:
             continue
         product = Call(Call(dequantize.acc).source)
-        at = emitter.at(node, provenance(node).site)  # type: ignore[union-attr]
+        at = emitter.at(node, site_of(node))
         quantized = (product.lanes, product.x_bits, product.rows, dequantize.scale, dequantize.zero_point)
         weight = (through.weight, through.weight_scale, through.mode)
         args = (*quantized, *weight, product.code, product.output_size, product.stride, product.padding)

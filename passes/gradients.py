@@ -32,11 +32,12 @@ from .graph import (
     is_tensor,
     operator_of,
     prims,
-    provenance,
+    site_of,
     strip,
     value,
 )
-from .local import has_rows, is_zero, row_operands
+from .local import has_rows, is_not_positive, is_zero, row_operands, row_sources
+from .refusal import Refusal
 from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
@@ -49,8 +50,16 @@ def gradients(state: State) -> None:
         return
     rewriter = _Rewriter(state.graph, on_kept_rows=state.kept_rows is not None)
     for node in list(state.graph.nodes):
-        if node.op == "call_function" and is_backward(node):
-            rewriter.visit(node)
+        if node.op != "call_function" or not is_backward(node):
+            continue
+        if _is_scattered(node):
+            pooled = rewriter.match_max_pool(node)
+            if isinstance(pooled, Refusal):
+                state.refuse("gradients", node, pooled)
+            else:
+                rewriter.rewrite_max_pool(node, pooled)
+        elif is_call(node, aten.where.self):
+            rewriter.visit_mask(node)
     state.graph.eliminate_dead_code()
 
 
@@ -63,19 +72,24 @@ class _Rewriter:
         self.masks: dict[fx.Node, fx.Node] = {}
 
     def at(self, node: fx.Node) -> Insertion:
-        made = provenance(node)
-        return self.emitter.at(node, made.site if made else "step")
+        return self.emitter.at(node, site_of(node))
 
-    def visit(self, node: fx.Node) -> None:
+    def match_max_pool(self, node: fx.Node) -> MaxPoolBackward | Refusal:
         pooled = _max_pool_backward(node)
-        if pooled is not None and (self.on_kept_rows or self._is_at_hand(pooled.x)):
-            args = (pooled.gradient, [pooled.x], VALUES, *pooled.window)
-            new = self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args)
-            for replaced in (*filter(_is_copied_to_nhwc, node.users), node):
-                replaced.replace_all_uses_with(new)
-        elif _is_masked_already(node):
+        if isinstance(pooled, Refusal) or self.on_kept_rows or self._is_at_hand(pooled.x):
+            return pooled
+        return Refusal("the max-pool's places stay saved: its input would have to be, to find them again")
+
+    def rewrite_max_pool(self, node: fx.Node, pooled: MaxPoolBackward) -> None:
+        args = (pooled.gradient, [pooled.x], VALUES, *pooled.window)
+        new = self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args)
+        for replaced in (*filter(_is_copied_to_nhwc, node.users), node):
+            replaced.replace_all_uses_with(new)
+
+    def visit_mask(self, node: fx.Node) -> None:
+        if _is_masked_already(node):
             node.replace_all_uses_with(Call(node).other)  # before its mask is saved for nothing
-        elif is_call(node, aten.where.self) and self._is_worth_saving(Call(node).condition, node):
+        elif self._is_worth_saving(Call(node).condition, node):
             mask = Call(node).condition
             if mask not in self.masks:
                 bits, at = self._save_bits(mask), self.at(node)
@@ -118,23 +132,6 @@ class _Rewriter:
         return bits
 
 
-def row_sources(node: fx.Node) -> set[fx.Node]:
-    """Row values from which local operators compute ``node``."""
-    sources: set[fx.Node] = set()
-    pending, seen = [node], set()
-    while pending:
-        item = pending.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        operands = row_operands(item)
-        if operands is None:
-            sources.add(item)
-        else:
-            pending.extend(operands)
-    return sources
-
-
 def _operands_of_copy(mask: fx.Node) -> list[fx.Node]:
     """What the backward-tagged local operators of ``mask`` read that is not copied with them (`_copy_down`)."""
     if not is_backward(mask):
@@ -154,15 +151,8 @@ def _copy_down(emitter: Emitter, at: Insertion, node: fx.Node) -> fx.Node:
     return copied
 
 
-def is_not_positive(node: object) -> bool:
-    """``x <= 0``."""
-    return is_call(node, aten.le.Scalar) and Call(node).other == 0
-
-
 def _is_masked_already(node: fx.Node) -> bool:
     """``where(x <= 0, 0, g)`` of a g that is zero there."""
-    if not is_call(node, aten.where.self):
-        return False
     masked = Call(node)
     if not is_not_positive(masked.condition) or not is_zero(masked.self):
         return False
@@ -199,19 +189,27 @@ class MaxPoolBackward:
     window: tuple[list[int], list[int], list[int]]
 
 
-def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | None:
+def _is_scattered(node: fx.Node) -> bool:
+    """Is ``node`` an image made by ``scatter_add`` to the places that a 2-D max-pool saved?"""
+    if node.target not in VIEWS or value(node).dim() != 4:
+        return False
+    scatter = strip(first(node), VIEWS)
+    if not is_call(scatter, aten.scatter_add.default):
+        return False
+    return is_call(strip(Call(scatter).index, VIEWS), prims._low_memory_max_pool_offsets_to_indices.default)
+
+
+def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | Refusal:
     """``view(scatter_add(0, 1, view(positions), view(g)))``, without dilation and ceil_mode; g may be a copy."""
-    scatter = strip(first(node), VIEWS) if node.target in VIEWS and value(node).dim() == 4 else None
-    if scatter is None or not is_call(scatter, aten.scatter_add.default):
-        return None
-    to_indices = strip(Call(scatter).index, VIEWS)
-    if not is_call(to_indices, prims._low_memory_max_pool_offsets_to_indices.default):
-        return None
-    gradient = Call(scatter).src
+    scatter = Call(strip(first(node), VIEWS))
+    gradient = scatter.src
     while gradient.target in VIEWS and value(gradient).dim() != 4:
         gradient = first(gradient)
     gradient = strip(gradient, {aten.clone.default})
-    pool = Call(Call(strip(Call(to_indices).self, VIEWS)).source)
-    if pool.ceil_mode or any(d != 1 for d in pool.dilation) or not is_tensor(gradient) or value(gradient).dim() != 4:
-        return None
+    positions = Call(strip(scatter.index, VIEWS))
+    pool = Call(Call(strip(positions.self, VIEWS)).source)
+    if pool.ceil_mode or any(d != 1 for d in pool.dilation):
+        return Refusal("the gradient of a max-pool with dilation or ceil_mode stays a scatter")
+    if not is_tensor(gradient) or value(gradient).dim() != 4:
+        return Refusal("the gradient of a max-pool is not an image")
     return MaxPoolBackward(gradient, pool.self, (list(pool.kernel_size), list(pool.stride), list(pool.padding)))

@@ -43,6 +43,12 @@ def provenance(node: fx.Node) -> Provenance | None:
     return node.meta.get("fqt")
 
 
+def site_of(node: fx.Node) -> str:
+    """The site that a node was made for; ``step`` for the model's own nodes and for what belongs to no site."""
+    made = provenance(node)
+    return made.site if made else "step"
+
+
 def mark(node: fx.Node, role: str) -> None:
     """Give a node made by a pass the role by which it is looked up (``output``, ``grad_input``, ...)."""
     node.meta["fqt"] = dataclasses.replace(node.meta["fqt"], role=role)

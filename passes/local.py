@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .call import Call
-from .graph import CASTS, aten, first, is_tensor, value
+from .graph import CASTS, aten, first, is_call, is_tensor, value
 
 SIZED = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default})
 """Second operand is the size of the result, whose first entry counts rows."""
@@ -108,6 +108,23 @@ def row_operands(node: fx.Node) -> list[fx.Node] | None:
     return [source] if _keeps_first_axis(node, source) else None
 
 
+def row_sources(node: fx.Node) -> set[fx.Node]:
+    """Row values from which local operators compute ``node``."""
+    sources: set[fx.Node] = set()
+    pending, seen = [node], set()
+    while pending:
+        item = pending.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        operands = row_operands(item)
+        if operands is None:
+            sources.add(item)
+        else:
+            pending.extend(operands)
+    return sources
+
+
 def _keeps_first_axis(node: fx.Node, source: fx.Node) -> bool:
     x, rank = value(source), value(source).dim()
     if not value(node).dim() or not same(x.shape[0], value(node).shape[0]):
@@ -143,6 +160,11 @@ def is_zero(item: Any) -> bool:
     if item.target in (aten.full.default, aten.full_like.default):
         return bool(Call(item).fill_value == 0)
     return item.target in (aten.zeros.default, aten.zeros_like.default)
+
+
+def is_not_positive(node: object) -> bool:
+    """``x <= 0``."""
+    return is_call(node, aten.le.Scalar) and Call(node).other == 0
 
 
 def keeps_zero(node: fx.Node, zero: set[fx.Node]) -> bool:

@@ -18,8 +18,9 @@ from torch import fx
 
 from ..kernels.program import BITS, CHANNEL, FULL, MAP, ROW, Program, Statement
 from .call import Call
-from .graph import Insertion, aten, first, is_call, is_tensor, prims, value
+from .graph import Insertion, aten, first, is_call, is_tensor, prims, site_of, value
 from .local import is_channel_vector, is_zero, same
+from .refusal import Refusal
 
 fqt = torch.ops.fqt
 NAMES: dict[Any, str] = {
@@ -57,10 +58,11 @@ class FusedProgram:
     dtypes: tuple[torch.dtype, ...]
 
     @staticmethod
-    def of(node: fx.Node, site: str) -> FusedProgram:
+    def of(node: fx.Node) -> FusedProgram:
         """Of a call that has operands and program among its arguments."""
         template = str(node.target).split(".")[1]
-        return FusedProgram(site, template, Call(node).text, tuple(value(n).dtype for n in Call(node).operands))
+        dtypes = tuple(value(n).dtype for n in Call(node).operands)
+        return FusedProgram(site_of(node), template, Call(node).text, dtypes)
 
 
 Vector = fx.Node | float | tuple[Any, "Vector", "Vector"]
@@ -206,6 +208,10 @@ class Region:
         self._names[node] = name
         return name
 
+    def says(self, x: fx.Node) -> bool:
+        """Is ``x`` the result of the last statement?"""
+        return bool(self.statements) and self.argument(x) == self.statements[-1].name
+
     def argument(self, argument: Any) -> str:
         if not isinstance(argument, fx.Node):
             return repr(float(argument))
@@ -219,6 +225,12 @@ class Region:
         if argument in self._names:
             return self._names[argument]
         return "0.0" if is_zero(argument) else self._operand(argument, CHANNEL)
+
+
+def unreadable(sources: list[fx.Node]) -> Refusal:
+    """Why `are_readable` says no."""
+    dtypes = sorted({str(value(s).dtype) for s in sources if value(s).dtype not in SOURCES})
+    return Refusal(f"reads tensors of {', '.join(dtypes)}")
 
 
 def are_readable(sources: list[fx.Node], bits: bool = False) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from torch import fx
 
 from ..config import FQTConfig
+from .refusal import NotOptimized, Refusal, layer_of
 from .region import FusedProgram
 from .sites import Site
 
@@ -49,14 +50,6 @@ class PackedForward:
 
 
 @dataclasses.dataclass
-class CompactedRows:
-    """What `compact` did: how many values have a compact form, and where full rows are still computed and why."""
-
-    count: int = 0
-    reasons: list[str] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
 class State:
     """A graph on its way through the pipeline."""
 
@@ -72,10 +65,18 @@ class State:
     seed: fx.Node | None = None
     step_rows: fx.Node | None = None
     """Rows chosen once per step; None: every site chooses."""
-    compacted: CompactedRows = dataclasses.field(default_factory=CompactedRows)
-    regions: list[tuple[str, fx.Node]] = dataclasses.field(default_factory=list)
-    """Layer and call of every operation with a program."""
+    compacted: int = 0
+    """How many values of the backward have kept rows only."""
+    not_optimized: list[NotOptimized] = dataclasses.field(default_factory=list)
+    regions: list[fx.Node] = dataclasses.field(default_factory=list)
+    """Every operation with a program."""
     facts: set[str] = dataclasses.field(default_factory=lambda: {"graph"})
+
+    def refuse(self, step: str, node: fx.Node, refusal: Refusal) -> None:
+        """Note why the pass ``step`` leaves ``node`` as it is, once for every layer."""
+        noted = NotOptimized(layer_of(node), step, refusal.reason)
+        if noted not in self.not_optimized:
+            self.not_optimized.append(noted)
 
     @property
     def packed(self) -> list[Site]:
@@ -91,7 +92,7 @@ class State:
 
     @property
     def fused(self) -> list[FusedProgram]:
-        return [FusedProgram.of(node, site) for site, node in self.regions]
+        return [FusedProgram.of(node) for node in self.regions]
 
 
 Check = Callable[[State], str | None]
