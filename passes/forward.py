@@ -15,6 +15,7 @@ from torch import fx
 from ..config import FQTConfig
 from ..kernels import reference
 from .graph import Emitter, Insertion, aten, is_training, mark, replace, value
+from .schemes import SCHEMES
 from .sites import BatchNormThreshold, Site
 from .state import PackedForward, State, graph_pass
 
@@ -26,7 +27,7 @@ def forward(state: State) -> None:
     """Replace the output of every packed site."""
     graph, config, packed = state.graph, state.config, state.packed
     emitter = Emitter(graph, "forward")
-    if packed and is_training(graph) and config.grad != "exact" and any(site.trained for site in packed):
+    if packed and is_training(graph) and SCHEMES[config.grad].is_random and any(site.trained for site in packed):
         first = emitter.at(packed[0].output, "step")
         state.seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)
     known: dict[BatchNormThreshold, fx.Node] = {}

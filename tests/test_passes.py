@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import collections
+import functools
 import operator
 import warnings
 
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet, small_batch
+from conftest import SmallNet, small_batch, step_gradients
 from torch import nn
 
 from fqt_compile import FQTConfig, explain
+from fqt_compile.backend import fqt1bit
 from fqt_compile.capture import capture
 from fqt_compile.errors import FQTWarning, PassError
-from fqt_compile.passes import pipeline
+from fqt_compile.passes import pipeline, schemes
 from fqt_compile.passes.call import Call, takes
 from fqt_compile.passes.rows import Dominators
 from fqt_compile.passes.state import graph_pass
@@ -319,6 +321,31 @@ def test_operands_by_name():
     assert takes(node, "rows", "compact")
     assert not takes(total, "rows")
     assert not takes(g, "rows")
+
+
+def test_a_gradient_scheme_is_one_class_and_one_entry(monkeypatch):
+    """The toy scheme scales exact gradients by a power of two and back: not a bit may differ from them."""
+
+    class Scaled(schemes.Exact):
+        def grad_hat(self):
+            double = self.layer.at.call("toy", torch.ops.aten.mul.Tensor, super().grad_hat(), 2.0)
+            return self.layer.at.call("toy", torch.ops.aten.mul.Tensor, double, 0.5)
+
+    monkeypatch.setitem(schemes.SCHEMES, "toy", Scaled)
+    exact = FQTConfig(grad="exact", lowering="eager")
+    toy = exact.replace()
+    object.__setattr__(toy, "grad", "toy")  # past the validation of options
+    model, batch = SmallNet(norm=True), small_batch()
+    steps = []
+    for config in (exact, toy):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=functools.partial(fqt1bit, options=config))
+        steps.append(step_gradients(compiled, *batch))
+    assert steps[0][0] == steps[1][0]
+    for name, gradient in steps[0][1].items():
+        assert torch.equal(gradient, steps[1][1][name]), name
+    text = capture(model, (batch[0],), {}, toy)[0].stages["backward"]
+    assert text.count(" toy") == 2 * 3
 
 
 def test_fuel_bisects(monkeypatch):
