@@ -20,6 +20,9 @@ from .config import FQTConfig
 from .errors import ConfigError
 from .passes.region import FusedProgram
 
+SHOWN = 4
+"""Layers named in one line."""
+
 
 @dataclasses.dataclass
 class Report:
@@ -34,7 +37,7 @@ class Report:
     row_choice: where AGP chooses its rows, and why.
     unseen: convolution and linear modules that no captured call uses: not run with these inputs, or hidden from
     the matcher.
-    optimizations: what row compaction and fusion did, and where row compaction had to keep full rows.
+    optimizations: what row compaction and fusion did, and what the optimizing passes left as it was, and why.
     fused: the operations that run a pointwise program (activations straight to bits, gradients, their sums), with it.
     """
 
@@ -147,9 +150,8 @@ def explain(
 
 def _optimizations(graph: CapturedGraph) -> list[str]:
     lines = []
-    if graph.compacted.count:
-        lines.append(f"row compaction: {graph.compacted.count} values of the backward on the kept rows only")
-    lines += [f"row compaction: {reason}" for reason in graph.compacted.reasons]
+    if graph.compacted:
+        lines.append(f"row compaction: {graph.compacted} values of the backward on the kept rows only")
     if graph.fused:
         texts = {fused.text for fused in graph.fused}
         activations = sum(fused.template == "fused_activation" for fused in graph.fused)
@@ -157,6 +159,12 @@ def _optimizations(graph: CapturedGraph) -> list[str]:
         lines.append(
             f"fusion: {activations} activations straight to bits, {gradients} gradients, {len(texts)} programs"
         )
+    layers: dict[tuple[str, str], list[str]] = {}
+    for left in graph.not_optimized:
+        layers.setdefault((left.step, left.reason), []).append(left.layer)
+    for (step, reason), names in layers.items():
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        lines.append(f"not optimized by {step}: {', '.join(names[:SHOWN])}{more}: {reason}")
     return lines
 
 

@@ -26,6 +26,11 @@ def captured(model: nn.Module, x: torch.Tensor, **options) -> CapturedGraph:
     return graph
 
 
+def refusals(graph: CapturedGraph, step: str) -> list[str]:
+    """Why a pass left something as it was."""
+    return [left.reason for left in graph.not_optimized if left.step == step]
+
+
 def images(size: int = 32) -> torch.Tensor:
     return torch.randn(BATCH, 3, size, size)
 
@@ -59,8 +64,8 @@ def test_below_the_cut_no_float_tensor_has_the_whole_batch():
     after = operations(graph.stages["layout"])
     assert after["fqt.scatter_rows"] == after["fqt.prune_rows"] == after["aten.scatter_add"] == 0
     assert after["fqt.max_pool_gradient"] == 2
-    assert graph.compacted.count > 10
-    assert graph.compacted.reasons == []
+    assert graph.compacted > 10
+    assert refusals(graph, "compact") == []
 
 
 def test_forward_values_are_computed_again_from_bits_and_masks_of_junctions_are_bits():
@@ -85,7 +90,7 @@ class Mixing(nn.Module):
 
 def test_an_operator_that_mixes_rows_keeps_full_rows_and_is_named():
     graph = captured(Mixing(), torch.randn(BATCH, 64))
-    (reason,) = graph.compacted.reasons
+    (reason,) = refusals(graph, "compact")
     assert "rev" in reason  # what flip became
     assert operations(graph.stages["compact"])["fqt.scatter_rows"] == 1
     torch.manual_seed(1)
@@ -126,7 +131,8 @@ def test_fusion_without_compaction_equals_eager_fqt(build, options):
 
 def test_bernoulli_is_not_compacted():
     graph = captured(SmallNet(), images(8), prune="bernoulli")
-    assert graph.compacted.count == 0
+    assert graph.compacted == 0
+    assert refusals(graph, "compact") == ["prune='bernoulli' keeps a random number of rows"]
     assert operations(graph.stages["layout"])["fqt.prune_rows"] == 1
 
 
@@ -356,6 +362,18 @@ def test_explain_says_what_was_optimized():
     programs = [source for name, source in report.kernels.items() if name.startswith("fused_activation")]
     assert len(programs) == 3  # one of the two programs reads float and int16
     assert all("t2 = t1 <= 0 ? 0.0f : t1" in source for source in programs)
+
+
+def test_explain_says_what_was_not_optimized_and_why():
+    """One line for a reason, with the layers that it holds for."""
+    text = str(explain(PreActivation(), images(8)))
+    moments = "normalizes what aten.add.Tensor makes: neither a packed layer nor a float convolution"
+    assert f"not optimized by moments: norms.1, norms.2: {moments}" in " ".join(text.split())
+    assert text.count("aten.add.Tensor makes") == 1
+    report = explain(SmallNet(norm=True), images(8), config={"prune": "bernoulli"})
+    assert "not optimized by compact: all layers: prune='bernoulli' keeps a random number of rows" in str(report)
+    assert "not optimized by fuse: fc1: its input is made by aten.view, which no program says" in str(report)
+    assert not [line for line in explain(small_vgg(10), images()).optimizations if line.startswith("not optimized")]
 
 
 # -- options -------------------------------------------------------------------------------------------------
