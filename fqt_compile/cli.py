@@ -253,7 +253,7 @@ def bench(
 
     from .bench import BenchSettings
     from .bench import bench as run
-    from .bench_table import WIDTH, tables
+    from .bench.tables import WIDTH, tables
     from .results import write_json
 
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}

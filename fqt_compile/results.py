@@ -47,6 +47,11 @@ def measure_saved_bytes(step: Step, model: nn.Module, images: Tensor) -> int:
     return sum(saved.values())
 
 
+def cache_hits() -> int:
+    """How many graphs Inductor has found in its caches in this process."""
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+
 def probe(step: Step, model: nn.Module, images: Tensor) -> dict[str, Any]:
     """Compile and measure ``step`` on one batch, and leave no trace in the model or the random generator.
 
@@ -54,7 +59,7 @@ def probe(step: Step, model: nn.Module, images: Tensor) -> dict[str, Any]:
     Inductor found any graph in its cache, so that the compilation was not a cold one) and ``saved_bytes``.
     """
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    hits = _cache_hits()
+    hits = cache_hits()
     model.train()
     with torch.random.fork_rng(devices=[]):
         first = _timed_backward(step, images)
@@ -66,7 +71,7 @@ def probe(step: Step, model: nn.Module, images: Tensor) -> dict[str, Any]:
             buffer.copy_(before)
     return {
         "compile_s": max(0.0, first - later),
-        "compile_cached": _cache_hits() > hits,
+        "compile_cached": cache_hits() > hits,
         "saved_bytes": saved_bytes,
     }
 
@@ -145,10 +150,6 @@ def _timed_backward(step: Step, images: Tensor) -> float:
     start = time.perf_counter()
     step(images).square().mean().backward()  # any scalar: it decides neither the time nor what is saved
     return time.perf_counter() - start
-
-
-def _cache_hits() -> int:
-    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def _method_summary(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
