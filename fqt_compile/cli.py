@@ -125,9 +125,8 @@ def finetune(
     """Train with float32, QAT and FQT under one schedule and compare accuracy, speed and memory."""
     from rich.console import Console
 
-    from .finetune import PLOT, RESULTS, FinetuneSettings
+    from .finetune import PLOT, RESULTS, FinetuneSettings, table
     from .finetune import finetune as run
-    from .results import table
 
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
     settings = FinetuneSettings(

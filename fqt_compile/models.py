@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .data import optional_import
 from .errors import ConfigError, FQTError
+from .optional import optional_import
 
 
 def small_vgg(num_classes: int) -> nn.Module:

@@ -83,7 +83,7 @@ def test_debug_shows_the_exception():
 
 
 def test_finetune_ends_with_the_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("fqt_compile.finetune.compile_step", lambda model, config: model)
+    monkeypatch.setattr("fqt_compile.finetune.training.compile_step", lambda model, config: model)
     sizes = ["--arch", TINY, "--size", "8", "--limit", "40", "--batch", "8"]
     lengths = ["--epochs", "1", "--qat-epochs", "1", "--out", str(tmp_path / "run")]
     result = call("finetune", *sizes, *lengths)
