@@ -1,11 +1,11 @@
 """1-bit fully quantized training as a compiler pass: ``torch.compile(model, backend="fqt1bit")``."""
 
 from .backend import fqt1bit
-from .compare import Comparison, compare
 from .config import FQTConfig
 from .eager import eager
-from .explain import Report, explain
-from .noise import GradientNoise, gradient_noise
+from .inspect.compare import Comparison, compare
+from .inspect.explain import Report, explain
+from .inspect.noise import GradientNoise, gradient_noise
 from .recalibrate import recalibrate
 
 __all__ = [

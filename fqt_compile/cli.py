@@ -179,7 +179,7 @@ def explain(
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
     config = parse_options(option or [], flags)
     model, images = _model_and_images(arch, size, batch, classes)
-    from .explain import explain as make_report
+    from .inspect.explain import explain as make_report
 
     report = make_report(model, images, config=config)
     if stage is not None and stage not in report.stages:
@@ -216,7 +216,7 @@ def compare(
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
     config = parse_options(option or [], flags)
     model, images = _model_and_images(arch, size, batch, classes)
-    from .compare import compare as make_comparison
+    from .inspect.compare import compare as make_comparison
 
     if seeds == 1:
         raise ConfigError("--seeds: got 1; accepted: 0, or at least 2 for a variance")

@@ -113,9 +113,9 @@ def fake_modules(monkeypatch):
         return FakeReport()
 
     for name in ("explain", "compare"):
-        module = types.ModuleType(f"fqt_compile.{name}")
+        module = types.ModuleType(f"fqt_compile.inspect.{name}")
         setattr(module, name, received)
-        monkeypatch.setitem(sys.modules, f"fqt_compile.{name}", module)
+        monkeypatch.setitem(sys.modules, f"fqt_compile.inspect.{name}", module)
     return calls
 
 
@@ -145,7 +145,7 @@ def test_error_of_a_command_has_no_traceback(fake_modules, monkeypatch):
     def fail(*args, **kwargs):
         raise CaptureError("the model\nhas a graph break")
 
-    monkeypatch.setattr(sys.modules["fqt_compile.explain"], "explain", fail)
+    monkeypatch.setattr(sys.modules["fqt_compile.inspect.explain"], "explain", fail)
     result = call("explain", "--arch", TINY)
     assert (result.exit_code, result.stderr) == (2, "error: the model has a graph break\n")
 
@@ -154,7 +154,7 @@ def test_interrupt_names_the_remedy(fake_modules, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fqt_compile.compare"], "compare", interrupt)
+    monkeypatch.setattr(sys.modules["fqt_compile.inspect.compare"], "compare", interrupt)
     result = call("compare", "--arch", TINY)
     assert (result.exit_code, result.stderr.count("--resume")) == (130, 1)
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .config import FQTConfig
-from .eager import eager
-from .errors import ConfigError
-from .kernels import selection
+from ..config import FQTConfig
+from ..eager import eager
+from ..errors import ConfigError
+from ..kernels import selection
 
 ROLES = ("grad_weight", "grad_input")
 Call = tuple[Sequence[Any], Mapping[str, Any], Sequence[Any]]
@@ -46,7 +46,8 @@ class Noise:
 class LayerNoise:
     """The packed layer ``name``; grad_input None where the layer has none (its input needs no gradient).
 
-    least_variance: of grad_input, what the best unbiased choice of as many rows has, without rounding (docs/math.md, 4).
+    least_variance: of grad_input, what the best unbiased choice of as many rows has, without rounding
+        (docs/math.md, 4).
     """
 
     name: str

@@ -15,10 +15,10 @@ from rich.syntax import Syntax
 from rich.table import Table
 from torch import nn
 
-from .capture import CapturedGraph, SiteReport, capture
-from .config import FQTConfig
-from .errors import ConfigError
-from .passes.region import FusedProgram
+from ..capture import CapturedGraph, SiteReport, capture
+from ..config import FQTConfig
+from ..errors import ConfigError
+from ..passes.region import FusedProgram
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ class Report:
 
     @functools.cached_property
     def kernels(self) -> dict[str, str]:
-        from .kernels import codegen, cpu_program
+        from ..kernels import codegen, cpu_program
 
         programs = dict.fromkeys((f.template, cpu_program.parameters_for(f.text, f.dtypes)) for f in self.fused)
         return codegen.rendered_sources(programs)
