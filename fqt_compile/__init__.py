@@ -2,7 +2,7 @@
 
 from .backend import fqt1bit
 from .config import FQTConfig
-from .eager import eager
+from .eager_fqt.model import eager
 from .inspect.compare import Comparison, compare
 from .inspect.explain import Report, explain
 from .inspect.noise import GradientNoise, gradient_noise

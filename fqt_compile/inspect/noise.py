@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..config import FQTConfig
-from ..eager import eager
+from ..eager_fqt.model import eager
 from ..errors import ConfigError
 from ..kernels import selection
 

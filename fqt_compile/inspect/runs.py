@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from ..backend import FQTPass, fqt1bit, parameter_names
 from ..capture import run_captured
 from ..config import FQTConfig
-from ..eager import eager
+from ..eager_fqt.model import eager
 from ..interpret import NativeInterpreter, ReferenceInterpreter, compile_interpreted
 from ..passes.graph import Provenance, provenance
 from ..passes.pipeline import UNOPTIMIZED, analyse, run_pipeline
