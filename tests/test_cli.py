@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fqt_compile.cli import app, parse_options
+from fqt_compile.cli import app
+from fqt_compile.cli_options import parse_options
 from fqt_compile.config import FQTConfig
 from fqt_compile.errors import CaptureError, ConfigError
 

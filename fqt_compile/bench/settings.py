@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import FQTConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 CLASSES = 10
 MODELS = {"vgg16-cifar": "fqt_compile.models:vgg16_cifar", "resnet18": "torchvision.models:resnet18"}
@@ -109,8 +108,6 @@ class BenchSettings:
 
 
 def _check_choice(name: str, got: str, accepted: list[str], also: str = "") -> None:
-    if got in accepted:
-        return
-    close = difflib.get_close_matches(got, accepted, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ConfigError(f"{name}: got {got!r}{hint}; accepted: {', '.join([*accepted, *([also] if also else [])])}")
+    if got not in accepted:
+        choices = ", ".join([*accepted, *([also] if also else [])])
+        raise ConfigError(f"{name}: got {got!r}{did_you_mean(got, accepted)}; accepted: {choices}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import shutil
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FQTError
+from ..errors import FQTError, did_you_mean
 from ..optional import optional_import
 
 DATASETS = ("digits", "fashion-mnist", "cifar10")
@@ -139,9 +138,7 @@ def existing_folder(name: str) -> Path:
         raise DataError(f"data: {name!r} is a file; accepted: {accepted}")
     if path.name != name:
         raise DataError(f"data: the folder {name!r} does not exist; accepted: {accepted}")
-    close = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise DataError(f"data: unknown data set or folder {name!r}{hint}; accepted: {accepted}")
+    raise DataError(f"data: unknown data set or folder {name!r}{did_you_mean(name, DATASETS)}; accepted: {accepted}")
 
 
 def _image_folder(folder: Path) -> Any:
