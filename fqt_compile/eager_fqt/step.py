@@ -74,7 +74,7 @@ class Step:
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
         roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
         flow = AutogradFlow(roots, self._norms, samples.pop())
-        nodes = [node for node, _, _ in packed if node in flow.sources]
+        nodes = [node for node, _, _ in packed if node in flow.nodes]
         if not nodes:
             return output
         cut = None if self.config.cut == "output" else flow.common(nodes)
@@ -89,8 +89,7 @@ class Step:
 
     def _cut_outputs(self, output: Any, tensors: list[Tensor], flow: AutogradFlow, nodes: list[Node]) -> Any:
         """Rows are chosen by the gradients of all outputs that reach a packed layer, together."""
-        above = flow.above(nodes)
-        cut = [t for t in tensors if t.grad_fn in above]
+        cut = [t for t in tensors if t.grad_fn is not None and flow.reached([t.grad_fn]).keys() & set(nodes)]
         if not all(t.dim() >= 2 and t.shape[0] == flow.samples for t in cut):
             return output
         self.below = flow.reached_only_through([t.grad_fn for t in cut])
