@@ -22,7 +22,7 @@ class AutogradFlow:
         self.nodes = self.reached(self.roots)
 
     @staticmethod
-    def reached(starts: Iterable[Node], without: Collection[Node] = ()) -> dict[Node, Node | None]:
+    def reached(starts: Iterable[Node], without: Collection[Node | None] = ()) -> dict[Node, Node | None]:
         """What the gradient of ``starts`` reaches on ways around ``without``, each with the node that it comes from."""
         found: dict[Node, Node | None] = {}
         pending: list[tuple[Node, Node | None]] = [(node, None) for node in starts]
@@ -33,7 +33,7 @@ class AutogradFlow:
                 pending.extend((following, node) for following, _ in node.next_functions if following is not None)
         return found
 
-    def reached_only_through(self, cuts: Collection[Node]) -> set[Node]:
+    def reached_only_through(self, cuts: Collection[Node | None]) -> set[Node]:
         """Nodes to which every way from an output leads through one of ``cuts``, these included."""
         return set(self.nodes) - set(self.reached(self.roots, without=cuts))
 

@@ -150,7 +150,12 @@ def measure(
             for (name, role), sum_ in sums.items():
                 found.setdefault(name, {}).setdefault(role, []).append(sum_.noise())
     layers = [
-        LayerNoise(name, *(_mean(found[name].get(role)) for role in ROLES), _average(least.get(name)))
+        LayerNoise(
+            name,
+            grad_weight=_mean(found[name].get("grad_weight")),
+            grad_input=_mean(found[name].get("grad_input")),
+            least_variance=_average(least.get(name)),
+        )
         for name in exact.names(found)
     ]
     return GradientNoise(layers, len(calls), len(seeds))
