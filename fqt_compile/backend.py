@@ -87,7 +87,7 @@ def fqt1bit(
 
     Raises `ConfigError` for a wrong option, `CompilerMissingError` where native kernels cannot be built.
     """
-    config = options if isinstance(options, FQTConfig) else FQTConfig.from_options(options)
+    config = FQTConfig.from_options(options)
     if mode not in (None, "default"):
         raise ConfigError(f"mode: got {mode!r}; accepted: none, the fqt1bit backend takes options={{...}} instead")
     if unknown.pop("dynamic", None) is not None or unknown:

@@ -241,13 +241,15 @@ class FQTConfig:
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None) -> FQTConfig:
+    def from_options(cls, options: Mapping[str, Any] | FQTConfig | None) -> FQTConfig:
         """Build from ``torch.compile(options=...)``: field names, and ``preset`` (`PRESETS`) underneath them.
 
-        Raises `ConfigError` for an unknown name, with the closest accepted one.
+        An `FQTConfig` is returned as it is. Raises `ConfigError` for an unknown name, with the closest accepted one.
         """
         if options is None:
             return cls()
+        if isinstance(options, FQTConfig):
+            return options
         if not isinstance(options, Mapping):
             raise ConfigError(f"options: got {type(options).__name__}; accepted: a mapping of option names to values")
         given = dict(options)

@@ -52,7 +52,7 @@ def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
     model = getattr(model, "_orig_mod", model)
-    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    settings = FQTConfig.from_options(config)
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, shared)
     cls = type(model)

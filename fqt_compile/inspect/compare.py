@@ -125,7 +125,7 @@ def compare(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
-    settings = (config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)).replace(lowering="native")
+    settings = FQTConfig.from_options(config).replace(lowering="native")
     run = Runs(model, args, kwargs or {}, settings, loss or _mean_square)
     losses: dict[str, float] = {}
     gradients: dict[str, dict[str, Tensor]] = {}

@@ -129,7 +129,7 @@ def explain(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
-    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    settings = FQTConfig.from_options(config)
     plain = capture(model, args, kwargs or {}, settings)
     packed = capture(model, args, kwargs or {}, settings, rewrite=True)
     sites = [site for graph in packed for site in graph.sites]

@@ -111,7 +111,7 @@ def gradient_noise(
 
     Computed by eager FQT: no compiler needed. Raises `ConfigError` for wrong options, seeds and no batches.
     """
-    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    settings = FQTConfig.from_options(config)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if len(numbers) < 2:
         raise ConfigError(f"seeds: got {seeds!r}; accepted: at least 2 seeds, or how many")
