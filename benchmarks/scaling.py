@@ -26,8 +26,8 @@ from rich.table import Table
 from fqt_compile import results
 from fqt_compile.backend import source_hash
 from fqt_compile.bench import BFLOAT16, FLOAT32, OURS
-from fqt_compile.cli import parse_options
-from fqt_compile.data import optional_import
+from fqt_compile.cli_options import parse_options
+from fqt_compile.optional import optional_import
 from fqt_compile.results import write_json
 
 BATCHES, SIZES, THREADS = (8, 32, 128, 512), (32, 64, 128, 224), (1, 2)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .backend import FQTPass, compile_interpreted, parameter_names
+from .backend import FQTPass, parameter_names
 from .config import FQTConfig
 from .errors import CaptureError
+from .interpret import compile_interpreted
 from .notices import announce, notices
 from .passes.graph import describe, first, value
 from .passes.pipeline import State, run_pipeline

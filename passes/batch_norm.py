@@ -55,7 +55,9 @@ def is_instance_norm(norm: fx.Node) -> bool:
     What tells them apart are running statistics: BatchNorm's are graph inputs, InstanceNorm has none or repeats them.
     """
     running = Call(norm).running_mean if takes(norm, "running_mean") else None
-    return same(value(Call(norm).input).shape[0], 1) and not (isinstance(running, fx.Node) and running.op == "placeholder")
+    return same(value(Call(norm).input).shape[0], 1) and not (
+        isinstance(running, fx.Node) and running.op == "placeholder"
+    )
 
 
 def mixes_samples(node: fx.Node, samples: Any) -> bool:

@@ -16,9 +16,9 @@ import fqt_compile
 from fqt_compile import FQTConfig, explain, gradient_noise
 from fqt_compile.capture import capture
 from fqt_compile.errors import ConfigError
+from fqt_compile.inspect.noise import least_variance
 from fqt_compile.kernels import noise, selection
 from fqt_compile.models import small_vgg
-from fqt_compile.noise import least_variance
 
 LIMITS = {"group norm": 6.0}
 """Of the variance, where not 2.6: without BatchNorm no mean is taken out of the kept rows, and what is left is the

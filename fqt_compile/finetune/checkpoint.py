@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from .data import optional_import
-from .errors import FQTError
+from ..errors import FQTError
+from ..optional import optional_import
+from ..results import OutputError, write_atomic
 
 FORMAT = 1  # of the checkpoint file; raised whenever its keys change
 CHECKPOINT = "checkpoint.pt"
@@ -34,29 +34,8 @@ KEYS = {
 }
 
 
-class OutputError(FQTError, RuntimeError):
-    """The output folder cannot be used: locked, already full, or not writable."""
-
-
 class CheckpointError(FQTError, RuntimeError):
     """A checkpoint or a state dict is absent, broken, or belongs to other settings."""
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a temporary file, then rename it to ``path``: readers see the old or the new file.
-
-    Raises `OutputError` when that fails; the old file is then unchanged. One writer at a time (see the lock).
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path} ({error}); what was there before is unchanged") from error
 
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:

@@ -1,12 +1,8 @@
-"""Image data sets for the command line, in memory as uint8, normalized batch by batch."""
+"""Where images come from: scikit-learn, the system's packages, torchvision's files and folders of images."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import gzip
-import hashlib
-import importlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from .errors import FQTError
+from ..errors import FQTError, did_you_mean
+from ..optional import optional_import
 
 DATASETS = ("digits", "fashion-mnist", "cifar10")
 SYSTEM_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
@@ -35,141 +31,6 @@ Loaded = tuple[Part, Part, Sequence[str]]  # training part, test part, class nam
 
 class DataError(FQTError, ValueError):
     """A data set is unknown, absent, unreadable or too small."""
-
-
-class MissingPackageError(FQTError, ImportError):
-    """A package of the ``demo`` extra is needed and not installed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class ImageData:
-    """A classification set, split into training and test part.
-
-    ``train_images``, ``test_images``: uint8 [N, 3, size, size], 0..255, contiguous.
-    ``train_labels``, ``test_labels``: int64 [N], indices into ``classes``.
-    """
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    classes: tuple[str, ...]
-    mean: tuple[float, ...] = dataclasses.field(init=False)
-    std: tuple[float, ...] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        mean, std = _channel_statistics(self.train_images)
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "std", std)
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """``(images / 255 - mean) / std`` with the training set's statistics per channel.
-
-        uint8 [N, 3, H, W] -> float32 [N, 3, H, W], channels_last.
-        """
-        functional = optional_import("torchvision.transforms.v2.functional")
-        scaled = functional.to_dtype(images, torch.float32, scale=True)
-        normalized: Tensor = functional.normalize(scaled, list(self.mean), list(self.std))
-        return normalized.contiguous(memory_format=torch.channels_last)
-
-    def train_loader(self, batch: int, generator: torch.Generator) -> DataLoader[Any]:
-        """Shuffled full batches ``(float32 [batch, 3, size, size], int64 [batch])``; the rest is dropped.
-
-        The order depends on ``generator`` only, so its state is all that an exact resume has to restore.
-        """
-        dataset = TensorDataset(self.train_images, self.train_labels)
-        batches = BatchSampler(RandomSampler(dataset, generator=generator), batch, drop_last=True)
-        return DataLoader(
-            dataset,
-            sampler=batches,
-            batch_size=None,
-            generator=generator,
-            collate_fn=lambda pair: (self.normalize(pair[0]), pair[1]),
-        )
-
-    def test_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test set in order as ``(float32 [batch, 3, size, size], int64 [n])`` with n <= batch.
-
-        Every image tensor has ``batch`` entries, so that a compiled model keeps its static shape: the last
-        one is filled up with images from the start of the test set. Only the first n predictions count.
-        """
-        for start in range(0, len(self.test_labels), batch):
-            indices = torch.arange(start, start + batch) % len(self.test_labels)
-            yield self.normalize(self.test_images[indices]), self.test_labels[start : start + batch]
-
-    def fingerprint(self) -> str:
-        """A hash of all images, labels and class names."""
-        digest = hashlib.blake2b("\0".join(self.classes).encode(), digest_size=16)
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
-
-
-def load(name: str, *, root: Path | None = None, size: int = 32, limit: int | None = None, seed: int = 0) -> ImageData:
-    """Load a data set by name (`DATASETS`) or a folder of images.
-
-    Parameters
-    ----------
-    name: ``digits`` (scikit-learn), ``fashion-mnist`` (system folder, else ``root``), ``cifar10`` (``root``),
-        or a folder: ``train/`` and ``val/`` (or ``test/``) with one folder per class each, or one folder per
-        class, split 80/20.
-    root: the ``root`` of ``torchvision.datasets``; nothing is ever downloaded.
-    size: images are resized (bilinear, antialiased) to size x size pixels; those of a folder so that the
-        shorter side fits, then cropped in the middle. Grayscale is repeated to 3 channels.
-    limit: keep at most this many training and this many test images, chosen by ``seed``.
-    seed: of the split and of ``limit``.
-
-    Raises
-    ------
-    DataError: unknown name, absent, empty or broken data, fewer than two classes.
-    MissingPackageError: torchvision or scikit-learn is not installed.
-    """
-    optional_import("torchvision")
-    if name == "digits":
-        train, test, classes = _load_digits(size, limit, seed)
-    elif name == "fashion-mnist":
-        train, test, classes = _load_fashion_mnist(root, size, limit, seed)
-    elif name == "cifar10":
-        train, test, classes = _load_cifar10(root, size, limit, seed)
-    else:
-        train, test, classes = _load_folder(_existing_folder(name), size, limit, seed)
-    if len(train[1].unique()) < 2:
-        raise DataError(
-            f"data {name!r}: the {len(train[1])} training images all belong to one class; "
-            "accepted: two classes or more; add classes or images, or raise --limit"
-        )
-    return ImageData(
-        name=name,
-        train_images=train[0],
-        train_labels=train[1],
-        test_images=test[0],
-        test_labels=test[1],
-        classes=tuple(classes),
-    )
-
-
-def optional_import(module: str) -> Any:
-    """Import a module of the ``demo`` extra, or raise `MissingPackageError` with the remedy."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        raise MissingPackageError(
-            f"the package {package} is needed and cannot be imported ({error}); "
-            "install it, or everything at once with: pip install 'fqt-compile[demo]'"
-        ) from error
-
-
-def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 [N, C, H, W] / 255; of a constant channel 1."""
-    channels = images.transpose(0, 1).flatten(1)
-    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in channels])
-    values = torch.arange(256, dtype=torch.float64) / 255
-    weights = counts.double() / counts.sum(1, keepdim=True)
-    mean = (weights * values).sum(1)
-    std = (weights * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())
 
 
 def _chosen(count: int, limit: int | None, seed: int) -> Tensor:
@@ -195,7 +56,8 @@ def _resized(part: Part, indices: Tensor, size: int) -> Part:
     return resized.expand(-1, 3, -1, -1).contiguous(), labels[indices]
 
 
-def _load_digits(size: int, limit: int | None, seed: int) -> Loaded:
+def load_digits(size: int, limit: int | None, seed: int) -> Loaded:
+    """scikit-learn's 1797 handwritten digits."""
     digits = optional_import("sklearn.datasets").load_digits()
     images = (torch.from_numpy(digits.images) * (255 / DIGITS_WHITE)).round().to(torch.uint8)[:, None]
     part = images, torch.from_numpy(digits.target).long()
@@ -229,7 +91,8 @@ def _fashion_mnist_root(root: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _load_fashion_mnist(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
+def load_fashion_mnist(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
+    """Fashion-MNIST, of the system's package or below ``root``."""
     FashionMNIST = optional_import("torchvision.datasets").FashionMNIST
     with _fashion_mnist_root(root) as found:
         try:
@@ -244,7 +107,8 @@ def _load_fashion_mnist(root: Path | None, size: int, limit: int | None, seed: i
     return train, test, parts[0].classes
 
 
-def _load_cifar10(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
+def load_cifar10(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
+    """CIFAR-10 below ``root``."""
     remedy = "give --data-root with the folder that holds cifar-10-batches-py (of cifar-10-python.tar.gz)"
     if root is None:
         raise DataError(f"data 'cifar10': no --data-root; {remedy}")
@@ -264,7 +128,7 @@ def _load_cifar10(root: Path | None, size: int, limit: int | None, seed: int) ->
     return train, test, parts[0].classes
 
 
-def _existing_folder(name: str) -> Path:
+def existing_folder(name: str) -> Path:
     """The folder called ``name``, or the error for what it is instead."""
     accepted = f"{', '.join(DATASETS)}, or a folder of images"
     path = Path(name).expanduser()
@@ -274,9 +138,7 @@ def _existing_folder(name: str) -> Path:
         raise DataError(f"data: {name!r} is a file; accepted: {accepted}")
     if path.name != name:
         raise DataError(f"data: the folder {name!r} does not exist; accepted: {accepted}")
-    close = difflib.get_close_matches(name, DATASETS, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise DataError(f"data: unknown data set or folder {name!r}{hint}; accepted: {accepted}")
+    raise DataError(f"data: unknown data set or folder {name!r}{did_you_mean(name, DATASETS)}; accepted: {accepted}")
 
 
 def _image_folder(folder: Path) -> Any:
@@ -308,7 +170,8 @@ def _decoded(samples: Sequence[tuple[str, int]], size: int) -> Part:
     return images, torch.tensor([label for _, label in samples])
 
 
-def _load_folder(folder: Path, size: int, limit: int | None, seed: int) -> Loaded:
+def load_folder(folder: Path, size: int, limit: int | None, seed: int) -> Loaded:
+    """A folder of images, one folder per class, with or without a test part of its own."""
     test_folder = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
     if (folder / "train").is_dir() and test_folder:
         train_set, test_set = _image_folder(folder / "train"), _image_folder(test_folder)

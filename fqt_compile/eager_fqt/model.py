@@ -8,41 +8,32 @@ they come from one capture of the model at the first call.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .capture import SiteReport, capture
-from .config import FQTConfig
-from .eager_layers import BatchNormLayer, FloatLayer, Geometry, LayerCall, PackedLayer, Step
-from .errors import CaptureError, ConfigError
-
-CONVOLUTIONS: dict[Any, tuple[int, bool]] = {
-    torch.conv1d: (1, False),
-    torch.conv2d: (2, False),
-    torch.conv3d: (3, False),
-    torch.conv_transpose1d: (1, True),
-    torch.conv_transpose2d: (2, True),
-    torch.conv_transpose3d: (3, True),
-}
-_BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_BATCH_NORM = {
-    F.batch_norm: inspect.signature(F.batch_norm),
-    torch.batch_norm: inspect.Signature(
-        [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-            for name in ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
-        ]
-        + [inspect.Parameter("cudnn_enabled", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False)]
-    ),
-}
-PRODUCTS = frozenset({torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__})
+from ..capture import SiteReport, capture
+from ..config import FQTConfig
+from ..errors import CaptureError, ConfigError
+from .calls import (
+    BATCH_NORM_ARGUMENTS,
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    PRODUCTS,
+    LayerCall,
+    convolution,
+    is_parameter,
+    linear,
+)
+from .floats import FloatLayer
+from .norm import BatchNormLayer
+from .packed import PackedLayer
+from .step import Step
 
 
 def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None) -> nn.Module:
@@ -61,7 +52,7 @@ def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
     model = getattr(model, "_orig_mod", model)
-    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    settings = FQTConfig.from_options(config)
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
     copied = copy.deepcopy(model, shared)
     cls = getattr(model, "_fqt_class", type(model))  # of a copy by this function: that of what was copied
@@ -97,16 +88,16 @@ class _LayerMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in CONVOLUTIONS:
-            return self._run(_convolution(func, *args, **kwargs), func, args, kwargs)
+            return self._run(convolution(func, *args, **kwargs), func, args, kwargs)
         if func is F.linear:
-            return self._run(_linear(*args, **kwargs), func, args, kwargs)
+            return self._run(linear(*args, **kwargs), func, args, kwargs)
         if func is torch.addmm and not set(kwargs) - {"mat1", "mat2"}:
             bias, x, weight = (*args, *kwargs.values())[:3]
-            if _is_parameter(weight):
-                return self._run(_linear(x, weight.t(), bias), func, args, kwargs)
-        if func in PRODUCTS and len(args) == 2 and _is_parameter(args[1]):
-            return self._run(_linear(args[0], args[1].t()), func, args, kwargs)
-        if func in (F.batch_norm, torch.batch_norm):
+            if is_parameter(weight):
+                return self._run(linear(x, weight.t(), bias), func, args, kwargs)
+        if func in PRODUCTS and len(args) == 2 and is_parameter(args[1]):
+            return self._run(linear(args[0], args[1].t()), func, args, kwargs)
+        if func in BATCH_NORMS:
             return self._batch_norm(func, args, kwargs)
         if func is F.multi_head_attention_forward:
             # Its body asks for overrides before it does anything; only its own linear layers are of interest.
@@ -128,9 +119,9 @@ class _LayerMode(TorchFunctionMode):
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """By `BatchNormLayer` where this batch's statistics are used and kept rows may come back."""
-        bound = _BATCH_NORM[func].bind(*args, **kwargs)
+        bound = BATCH_NORMS[func].bind(*args, **kwargs)
         bound.apply_defaults()
-        x, mean, var, weight, bias, training, momentum, eps = (bound.arguments[name] for name in _BATCH_NORM_ARGUMENTS)
+        x, mean, var, weight, bias, training, momentum, eps = (bound.arguments[name] for name in BATCH_NORM_ARGUMENTS)
         if not training or not self.step.prunes_once or x.dim() < 2:
             return func(*args, **kwargs)
         output = BatchNormLayer.apply(x, weight, bias, (mean, var), momentum, eps, self.step)
@@ -157,48 +148,3 @@ class _LayerMode(TorchFunctionMode):
             raise CaptureError(
                 f"eager FQT: a forward called {self.next} layers, but the captured model has {len(self.plan)}"
             )
-
-
-def _is_parameter(weight: Any) -> bool:
-    base = weight._base if isinstance(weight, Tensor) and weight._base is not None else weight
-    return isinstance(base, nn.Parameter) and weight.dim() == 2
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LayerCall:
-    return LayerCall(input, weight, bias, Geometry(kind="linear"))
-
-
-def _convolution(func: Callable[..., Any], input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> LayerCall:
-    spatial, transposed = CONVOLUTIONS[func]
-    names = ["bias", "stride", "padding"]
-    names += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    padding = given.get("padding", 0)
-    dilation = _per_axis(given.get("dilation", 1), spatial)
-    if isinstance(padding, str):
-        input, padding = _named_padding(input, weight, padding, dilation)
-    geometry = Geometry(
-        kind=f"conv{'_transpose' if transposed else ''}{spatial}d",
-        stride=_per_axis(given.get("stride", 1), spatial),
-        padding=_per_axis(padding, spatial),
-        dilation=dilation,
-        transposed=transposed,
-        output_padding=_per_axis(given.get("output_padding", 0), spatial),
-        groups=given.get("groups", 1),
-    )
-    return LayerCall(input, weight, given.get("bias"), geometry)
-
-
-def _per_axis(setting: Any, spatial: int) -> tuple[int, ...]:
-    values = (setting,) if isinstance(setting, int) else tuple(setting)
-    return values * spatial if len(values) == 1 else values
-
-
-def _named_padding(x: Tensor, weight: Tensor, padding: str, dilation: tuple[int, ...]) -> tuple[Tensor, Any]:
-    """``"valid"`` and ``"same"`` as sizes; an uneven "same" pads the input by one more at the end, as PyTorch does."""
-    if padding == "valid":
-        return x, 0
-    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    if any(t % 2 for t in total):
-        x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
-    return x, [t // 2 for t in total]

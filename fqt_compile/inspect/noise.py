@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .batches import input_of, require_iterable
-from .config import FQTConfig
-from .eager import eager
-from .errors import ConfigError
-from .kernels import selection
+from ..batches import input_of, require_iterable
+from ..config import FQTConfig
+from ..eager_fqt.model import eager
+from ..errors import ConfigError
+from ..kernels import selection
 
 SEEDS = 1 << 64
 """Seeds are equal modulo this (`kernels.noise`)."""
@@ -114,7 +114,7 @@ def gradient_noise(
 
     Computed by eager FQT: no compiler needed. Raises `ConfigError` for wrong options, seeds and no batches.
     """
-    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    settings = FQTConfig.from_options(config)
     numbers = _distinct(seeds)
     if settings.grad == "exact":
         raise ConfigError("grad: got 'exact'; accepted: 'fqt' or 'psq', which are compared with it")
@@ -171,10 +171,15 @@ def measure(
                     sums[key].add(value)
             for (name, role), sum_ in sums.items():
                 found.setdefault(name, {}).setdefault(role, []).append(sum_.noise())
-    layers = []
-    for name in exact.names(found):
-        grad_weight, grad_input = (_mean(found[name].get(role)) for role in ROLES)
-        layers.append(LayerNoise(name, grad_weight, grad_input, _average(least.get(name))))
+    layers = [
+        LayerNoise(
+            name,
+            grad_weight=_mean(found[name].get("grad_weight")),
+            grad_input=_mean(found[name].get("grad_input")),
+            least_variance=_average(least.get(name)),
+        )
+        for name in exact.names(found)
+    ]
     return GradientNoise(layers, len(calls), len(seeds))
 
 

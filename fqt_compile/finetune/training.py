@@ -14,7 +14,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader
 
-from . import results
+from ..config import FQTConfig
+from ..errors import ConfigError, FQTError
+from ..models import head_name, make_model
+from ..results import Step, environment, write_json
 from .checkpoint import (
     FORMAT,
     PLOT,
@@ -35,129 +37,25 @@ from .checkpoint import (
     read_weights,
     save_state,
 )
-from .config import FQTConfig
 from .data import ImageData
 from .data import load as load_data
-from .errors import ConfigError, FQTError
 from .evaluation import evaluate, recalibrated
-from .models import head_name, make_model
+from .report import probe, summarize, write_plot
+from .settings import FinetuneSettings, Stage, plan
 
-METHODS = ("float32", "qat", "fqt")
 WARM_STEPS = 2  # not timed at the start of a stage: the optimizer's state and the caches are cold
-RUN_ONLY = ("out", "resume", "overwrite")  # settings that do not change what is computed
 
 
 class DivergedError(FQTError, FloatingPointError):
     """The training loss became NaN or infinite."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneSettings:
-    """All that decides a run.
-
-    Fields
-    ------
-    arch: a torchvision classifier, ``module:factory`` or ``path/to/file.py:factory``.
-    data, data_root, size, limit: see `fqt_compile.data.load`.
-    weights: ``"none"``, ``"DEFAULT"`` (torchvision's pre-trained ones) or a file with a state dict.
-    qat_epochs, epochs: length of the first (pre-training, may be 0) and second (fine-tuning) stage.
-    batch: images per training step; the rest of an epoch that does not fill one is left out.
-    qat_lr, lr, head_lr: Adam's learning rate of the body in the first and in the second stage, and of the
-        last linear layer; each stage follows half a cosine from there to 0.
-    weight_decay: L2 penalty inside Adam.
-    recalibrate: training batches from which BatchNorm's running statistics are measured before every evaluation
-        (see `fqt_compile.recalibrate`), for all methods alike; 0 evaluates with those of the training.
-    seed: of initialization, split, order of the images and gradient noise.
-    threads: of torch, ``None`` leaves them as they are.
-    methods: what to compare, of `METHODS`.
-    config: the FQT options; the QAT stages use them with ``grad="exact"``.
-    out: folder of checkpoints and results.
-    resume, overwrite: continue the run in ``out``, or replace it.
-
-    Raises
-    ------
-    ConfigError: a value outside the accepted ones.
-    """
-
-    arch: str = "fqt_compile.models:small_vgg"
-    data: str = "digits"
-    data_root: Path | None = None
-    weights: str = "none"
-    size: int = 32
-    limit: int | None = None
-    qat_epochs: int = 3
-    epochs: int = 3
-    batch: int = 64
-    qat_lr: float = 3e-3
-    lr: float = 1e-3
-    head_lr: float = 3e-3
-    weight_decay: float = 1e-5
-    recalibrate: int = 8
-    seed: int = 0
-    threads: int | None = None
-    methods: tuple[str, ...] = METHODS
-    config: FQTConfig = dataclasses.field(default_factory=FQTConfig)
-    out: Path = Path("runs/finetune")
-    resume: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low in {"size": 1, "epochs": 1, "qat_epochs": 0, "batch": 1, "recalibrate": 0, "seed": 0}.items():
-            _check(name, getattr(self, name), low)
-        for name in ("limit", "threads"):
-            if getattr(self, name) is not None:
-                _check(name, getattr(self, name), 1)
-        for name in ("qat_lr", "lr", "head_lr", "weight_decay"):
-            _check(name, getattr(self, name), 0, integer=False)
-        object.__setattr__(self, "methods", tuple(self.methods))
-        if not self.methods or not set(self.methods) <= set(METHODS):
-            raise ConfigError(f"setting 'methods': got {self.methods!r}; accepted: {', '.join(METHODS)}")
-        if self.resume and self.overwrite:
-            raise ConfigError("settings 'resume' and 'overwrite' exclude each other; give one of them")
-
-    def record(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the interrupted one, as plain values; also for JSON."""
-        values = {k: v for k, v in vars(self).items() if k not in (*RUN_ONLY, "config")} | vars(self.config)
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """Training with one schedule from the last state of ``parent``; ``config`` None is float32."""
-
-    name: str
-    parent: str | None
-    config: FQTConfig | None
-    epochs: int
-    lr: float
-
-
-def plan(settings: FinetuneSettings) -> dict[str, list[Stage]]:
-    """The stages of each method, in order; the first stage of ``qat`` and ``fqt`` is one and the same."""
-    exact = settings.config.replace(grad="exact")
-    variants = {
-        "float32": ("float32-pretrained", None, None),
-        "qat": ("qat-pretrained", exact, exact),
-        "fqt": ("qat-pretrained", exact, settings.config),
-    }
-    stages: dict[str, list[Stage]] = {}
-    for method in (name for name in METHODS if name in settings.methods):
-        first, first_config, config = variants[method]
-        if settings.qat_epochs:
-            pretraining = Stage(first, None, first_config, settings.qat_epochs, settings.qat_lr)
-            stages[method] = [pretraining, Stage(method, first, config, settings.epochs, settings.lr)]
-        else:
-            stages[method] = [Stage(method, None, config, settings.epochs, settings.lr)]
-    return stages
-
-
-def compile_step(model: nn.Module, config: FQTConfig | None) -> results.Step:
+def compile_step(model: nn.Module, config: FQTConfig | None) -> Step:
     """The compiled ``model``: by Inductor in float32 for ``config`` None, else by the fqt1bit backend."""
     torch.compiler.reset()  # graphs of the previous method would count against Dynamo's recompile limit
     if config is None:
         return torch.compile(model)
-    from .backend import fqt1bit
+    from ..backend import fqt1bit
 
     return torch.compile(model, backend=fqt1bit, options=dataclasses.asdict(config))
 
@@ -171,7 +69,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict
     same with and without recalibration: weights, losses and all that is random. A resumed run gives bit for bit what
     an uninterrupted one gives on the same machine with the same versions and threads.
 
-    Returns the contents of ``results.json``: ``settings``, ``data``, ``methods`` (see `results.summarize`)
+    Returns the contents of ``results.json``: ``settings``, ``data``, ``methods`` (see `report.summarize`)
     and `results.environment`.
 
     Raises
@@ -198,11 +96,11 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict
         report = {
             "settings": settings.record(),
             "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)},
-            "methods": results.summarize(methods),
-            **results.environment(),
+            "methods": summarize(methods),
+            **environment(),
         }
-        results.write_json(report, settings.out / RESULTS)
-        results.write_plot(report, settings.out / PLOT)
+        write_json(report, settings.out / RESULTS)
+        write_plot(report, settings.out / PLOT)
     return report
 
 
@@ -219,7 +117,7 @@ class Trainer:
         self.initial = self._initial_model()
         self.head = head_name(self.initial)
         self.model = self.initial
-        self.step: results.Step | None = None  # the compiled self.model
+        self.step: Step | None = None  # the compiled self.model
         self.compiled_config: FQTConfig | None = None
 
     def run(self) -> dict[str, list[dict[str, Any]]]:
@@ -240,14 +138,14 @@ class Trainer:
                 self.console.print(line, markup=False)
         return model
 
-    def _compile(self, stage: Stage, record: dict[str, Any]) -> results.Step:
+    def _compile(self, stage: Stage, record: dict[str, Any]) -> Step:
         """The compiled step for the stage's arithmetic: a new one unless the last stage had the same."""
         if self.step is None or self.compiled_config != stage.config:
             self.model = copy.deepcopy(self.initial)
             self.step, self.compiled_config = compile_step(self.model, stage.config), stage.config
             self.console.print(f"{stage.name}: compiling")
             images = self.data.normalize(self.data.train_images[: self.settings.batch])
-            record.setdefault("probe", results.probe(self.step, self.model, images))
+            record.setdefault("probe", probe(self.step, self.model, images))
         return self.step
 
     def _train(self, stage: Stage) -> None:
@@ -289,7 +187,7 @@ class Trainer:
         used = [group for group in groups if group["params"]]
         return torch.optim.Adam(used, weight_decay=self.settings.weight_decay, fused=True)
 
-    def _evaluate(self, stage: Stage, step: results.Step, *, last: bool) -> float:
+    def _evaluate(self, stage: Stage, step: Step, *, last: bool) -> float:
         """The test accuracy. Of the last epoch also the stage's state dict, with the statistics that gave it.
 
         That file comes before the checkpoint: one that calls a stage finished must find it.
@@ -317,7 +215,7 @@ class Trainer:
 class Running:
     """Everything that changes while a stage trains."""
 
-    step: results.Step
+    step: Step
     model: nn.Module
     loader: DataLoader[Any]
     generator: torch.Generator  # of the loader's order
@@ -371,10 +269,3 @@ def _progress(console: Console) -> Progress:
     """Bars on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-def _check(name: str, got: Any, low: int, *, integer: bool = True) -> None:
-    number = isinstance(got, int if integer else int | float) and not isinstance(got, bool)
-    if not number or not low <= got < math.inf:
-        noun = "an integer" if integer else "a finite number"
-        raise ConfigError(f"setting {name!r}: got {got!r}; accepted: {noun} >= {low}")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..recalibrate import recalibrate
+from ..results import Step
 from .data import ImageData
-from .recalibrate import recalibrate
-from .results import Step
 
 
 @contextlib.contextmanager

@@ -16,12 +16,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-from .errors import FQTError
-
-if TYPE_CHECKING:
-    from .bench import BenchSettings
+from ..errors import FQTError
+from .settings import BenchSettings
 
 REASON_LENGTH = 400  # characters of a process's last words
 
@@ -32,7 +30,7 @@ class BenchError(FQTError, RuntimeError):
 
 @dataclasses.dataclass
 class Worker:
-    """A process that trains one variant and measures what it is asked for (`bench_worker.REQUESTS`)."""
+    """A process that trains one variant and measures what it is asked for (`worker.REQUESTS`)."""
 
     process: subprocess.Popen[str]
     errors: IO[str]
@@ -62,7 +60,7 @@ class Worker:
 @contextlib.contextmanager
 def start_worker(settings: BenchSettings, variant: str, environment: Mapping[str, str]) -> Iterator[Worker]:
     """A `Worker` in a fresh process, which ends with the context."""
-    command = [sys.executable, "-m", "fqt_compile.bench_worker", json.dumps(settings.record()), variant]
+    command = [sys.executable, "-m", "fqt_compile.bench.worker", json.dumps(settings.record()), variant]
     with tempfile.TemporaryFile("w+", errors="replace") as errors:  # a pipe that nobody reads could fill up
         process = subprocess.Popen(
             command,
@@ -82,7 +80,7 @@ def start_worker(settings: BenchSettings, variant: str, environment: Mapping[str
 def measure_steps(
     settings: BenchSettings, environment: Mapping[str, str], say: Callable[[str], object] = lambda text: None
 ) -> dict[str, Any]:
-    """``steps``, ``compile``, ``saved_bytes`` and ``failed`` of every variant (keys: `bench.bench`).
+    """``steps``, ``compile``, ``saved_bytes`` and ``failed`` of every variant (keys: `measure.bench`).
 
     Rounds of A A B B C C ..., of which every second step is timed: in training a step follows one of its own kind. A
     variant that cannot take a step is left out; ``failed`` has the reason by its name.

@@ -1,4 +1,4 @@
-"""A measuring process of `bench`: ``python -m fqt_compile.bench_worker SETTINGS VARIANT``.
+"""A measuring process of `bench`: ``python -m fqt_compile.bench.worker SETTINGS VARIANT``.
 
 One process per variant, since allocator settings are read when a process starts, the peak of its resident memory
 belongs to all of it, and a step is as fast as the heap it runs in. Every line of the standard input is the name of a
@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
-from .bench import CLASSES, OURS, BenchSettings
-from .errors import FQTError
-from .models import make_model
-from .results import measure_saved_bytes
+from ..errors import FQTError
+from ..models import make_model
+from ..results import cache_hits, measure_saved_bytes
+from .settings import CLASSES, OURS, BenchSettings
 
 MEMORY_STEPS = 3
 LEARNING_RATE = 1e-4
@@ -88,7 +87,7 @@ def _compiled(model: nn.Module, kind: str, settings: BenchSettings) -> Callable[
         return model
     if kind == "inductor":
         return torch.compile(model, dynamic=False)
-    from .backend import fqt1bit
+    from ..backend import fqt1bit
 
     return torch.compile(model, backend=fqt1bit, options=dataclasses.asdict(settings.config), dynamic=False)
 
@@ -106,8 +105,8 @@ class Worker:
 
     def first(self) -> dict[str, Any]:
         """``seconds`` of the first step; ``cached``: Inductor's cache had something, None where nothing is compiled."""
-        hits, seconds = _cache_hits(), self.trainee.timed_step()
-        return {"seconds": seconds, "cached": None if self.variant.startswith("eager") else _cache_hits() > hits}
+        hits, seconds = cache_hits(), self.trainee.timed_step()
+        return {"seconds": seconds, "cached": None if self.variant.startswith("eager") else cache_hits() > hits}
 
     def step(self) -> float:
         """Seconds of a step."""
@@ -126,7 +125,7 @@ class Worker:
         return measure_memory(self.trainee)
 
     def phases(self) -> dict[str, Any]:
-        from .bench_phases import measure_phases
+        from .phases import measure_phases
 
         return measure_phases(lambda: make_trainee(self.settings, self.variant).timed_step)
 
@@ -185,10 +184,6 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _cache_hits() -> int:
-    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def main() -> None:

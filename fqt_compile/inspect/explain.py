@@ -15,10 +15,10 @@ from rich.syntax import Syntax
 from rich.table import Table
 from torch import nn
 
-from .capture import CapturedGraph, SiteReport, capture
-from .config import FQTConfig
-from .errors import ConfigError
-from .passes.region import FusedProgram
+from ..capture import CapturedGraph, SiteReport, capture
+from ..config import FQTConfig
+from ..errors import ConfigError
+from ..passes.region import FusedProgram
 
 SHOWN = 4
 """Layers named in one line."""
@@ -52,7 +52,7 @@ class Report:
 
     @functools.cached_property
     def kernels(self) -> dict[str, str]:
-        from .kernels import codegen, cpu_program
+        from ..kernels import codegen, cpu_program
 
         programs = dict.fromkeys((f.template, cpu_program.parameters_for(f.text, f.dtypes)) for f in self.fused)
         return codegen.rendered_sources(programs)
@@ -132,7 +132,7 @@ def explain(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
-    settings = config if isinstance(config, FQTConfig) else FQTConfig.from_options(config)
+    settings = FQTConfig.from_options(config)
     plain = capture(model, args, kwargs or {}, settings)
     packed = capture(model, args, kwargs or {}, settings, rewrite=True)
     sites = [site for graph in packed for site in graph.sites]
