@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet, small_batch
+from support.graphs import operations
+from support.nets import SmallNet, small_batch
 from torch import nn
 
 from fqt_compile import FQTConfig, explain
@@ -47,12 +48,6 @@ PER_PACKED_SITE = {
     "dequantize_grad_weight": 1,
     "weight_gradient": 1,
 }
-
-
-def operations(text: str) -> collections.Counter:
-    """How often each operation is called in a described graph."""
-    calls = [line.split(" = ")[1].split("(")[0] for line in text.splitlines() if " = " in line]
-    return collections.Counter(call.removesuffix(".default") for call in calls)
 
 
 @pytest.mark.parametrize("name", MODELS)
