@@ -5,6 +5,8 @@
 Each fault is one replacement of text in a temporary copy of the tree, where the named tests run as in `make test`, on
 the sample of the grids that ``FQT_COMPILE_TEST_SEED`` chooses (``--seed``; several numbers: several days). A fault is
 caught when tests fail. Not part of `make test`: it takes some minutes. Exits with 1 if one is not caught.
+
+Last run: seed 1, AVX2 and portable kernels: 9 of 9 caught; the fault in a Triton template was not run.
 """
 
 from __future__ import annotations
