@@ -20,7 +20,7 @@ import fqt_compile
 from fqt_compile.results import environment, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from noise_nets import NETS, batches, trained
+from support.noise_nets import NETS, batches, trained
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "v1": {"preset": "v1"},

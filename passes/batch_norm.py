@@ -36,9 +36,18 @@ FORWARD = frozenset(
 BACKWARD = aten.native_batch_norm_backward.default
 
 
+class _Decompositions(dict[Any, Callable[..., Any]]):
+    """Pickled by name: Inductor's cache key has it, and some of its functions cannot be pickled. Without a key nothing
+    is cached; what the table holds is in the key by torch's version and ours (`backend.source_hash`)."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return decompositions, ()
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions without those of BatchNorm: what a graph is captured with."""
-    return {target: made for target, made in select_decomp_table().items() if target not in {*FORWARD, BACKWARD}}
+    kept = {target: made for target, made in select_decomp_table().items() if target not in {*FORWARD, BACKWARD}}
+    return _Decompositions(kept)
 
 
 def output_of(node: fx.Node) -> fx.Node | None:

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet, small_batch, step_gradients
-from noise_nets import NETS, batches, trained, vgg_like
+from support.nets import SmallNet, small_batch, step_gradients
+from support.noise_nets import NETS, batches, trained, vgg_like
+from support.steps import interpreted
 from torch import nn
 
 import fqt_compile
@@ -293,7 +294,7 @@ def test_a_prediction_is_the_same_alone_in_any_batch_and_beside_outliers(name):
     if name == "vgg11_bn":
         model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 128), nn.ReLU())
         model.classifier.extend([nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)])
-    step = torch.compile(model, backend="fqt1bit", options={"lowering": "native"})
+    step = interpreted(model)
     trained_for_a_moment(model, step, size)
     x = torch.randn(8, 3, size, size)
     with torch.no_grad():

@@ -10,7 +10,8 @@ import warnings
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet, small_batch, step_gradients
+from support.graphs import operations
+from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
 
 from fqt_compile import FQTConfig, explain
@@ -52,12 +53,6 @@ PER_PACKED_SITE = {
     "dequantize_grad_weight": 1,
     "weight_gradient": 1,
 }
-
-
-def operations(text: str) -> collections.Counter:
-    """How often each operation is called in a described graph."""
-    calls = [line.split(" = ")[1].split("(")[0] for line in text.splitlines() if " = " in line]
-    return collections.Counter(call.removesuffix(".default") for call in calls)
 
 
 @pytest.mark.parametrize("name", MODELS)

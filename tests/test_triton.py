@@ -68,7 +68,7 @@ def test_every_reference_operation_has_a_gpu_kernel():
 def test_interpreter_equals_reference(group, record_property):
     """FQT_COMPILE_TRITON_LIMIT=0 runs all argument lists on all shapes (40 minutes)."""
     limit = os.environ.get("FQT_COMPILE_TRITON_LIMIT") or ("1" if group in SLOW_GROUPS else "2")
-    lines = run_interpreted(str(HERE / "triton_grid.py"), "--limit", limit, *GROUPS[group]).splitlines()
+    lines = run_interpreted(str(HERE / "support" / "triton_grid.py"), "--limit", limit, *GROUPS[group]).splitlines()
     by_operation = collections.defaultdict(list)
     for run in map(json.loads, lines):
         by_operation[run["operation"], run["strategy"]].append(run)
@@ -86,7 +86,7 @@ def test_offsets_of_64_bits(record_property):
     operations += ["activation_threshold", "quantize_channels"]
     operations += ["fused_activation", "max_pool_gradient", "gradient_moments"]
     layers = ["linear-one-row", "3x3-odd-channels", "1x1-stride-2"]
-    grid = [str(HERE / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
+    grid = [str(HERE / "support" / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
     lines = run_interpreted(*grid).splitlines()
     assert len(lines) == len(layers) * (len(operations) + 2)  # products in two strategies
     record_property(COVERED, f"interpreter, 64-bit offsets | {', '.join(operations)} | {' '.join(layers)}")
@@ -99,7 +99,7 @@ def test_offset_type_leaves_room_for_the_last_block():
 
 SCALED_OUTPUT = """
 import torch
-from grid import LAYERS, calls
+from support.grid import LAYERS, calls
 from fqt_compile.kernels import gpu, gpu_products, reference, reference_ops
 for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3-odd-channels", "1-d")]:
     product = calls(layer)["output_product"][0]
@@ -122,7 +122,7 @@ def test_epilogue_of_the_output_product(record_property):
 EVERY_STATEMENT = """
 import warnings
 import torch
-from test_kernels import assert_same
+from support.equality import assert_same
 from fqt_compile.kernels import gpu, program, reference_ops
 warnings.filterwarnings("ignore", message="fqt1bit: NaN or infinite")
 nan, inf = float("nan"), float("inf")
@@ -162,7 +162,7 @@ def test_every_statement_of_programs_on_special_values(record_property):
 WHOLE_MODEL = """
 import json
 import torch
-from conftest import SmallNet, small_batch, step_gradients
+from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from fqt_compile.kernels import gpu_launch

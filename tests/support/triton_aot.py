@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from grid import GRADIENT_PROGRAMS, LAYERS, POOLED, PROGRAMS, calls
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fqt_compile.kernels import gpu, gpu_codegen, gpu_launch, gpu_products, gpu_strategy
+from support.grid import GRADIENT_PROGRAMS, LAYERS, POOLED, PROGRAMS, calls
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fqt_compile.kernels import program, reference_ops
 from fqt_compile.kernels.ops import output_size
+from support import sample
 
 REFERENCE = reference_ops.OPERATIONS
+OPERATIONS = [name for name in REFERENCE if name != "draw_seed"]
 Call = tuple[Any, ...]
 
 
@@ -82,6 +84,44 @@ WIDE = [  # for the products only: output rows that grad_weight_product moves as
     Layer("long-gradients", 9, 33, 4300),
     Layer("long-rows", 3, 32_700, 5),
 ]
+
+KINDS = [  # of geometry; a run tests one layer of each
+    ("linear", "linear-large"),
+    ("linear-one-row",),
+    ("3x3-odd-channels", "3x3-on-2x2", "3x3-batch-100"),
+    ("3x3-large",),
+    ("3x3-many-positions",),
+    ("3x3-stride-2", "7x7-stride-2", "2x2-stride-3"),
+    ("3x3-no-padding", "3x3-padding-2", "3x3-padding-4", "5x5-larger-than-image"),
+    ("1x1", "1x1-stride-2"),
+    ("not-square",),
+    ("1-d", "1-d-large-kernel"),
+    ("empty-batch", "empty-linear"),
+    ("8x8-some-taps-dense", "9x14-more-taps-dense"),
+    ("14x14-pieces-of-dense-taps", "9x14-pieces-of-dense-taps"),
+    ("no-padding", "padding-4"),
+    ("stride-2", "stride-3-2x2", "1x1-stride-2", "5x5-stride-1x2"),
+    ("64-wide", "65-wide", "63-from-65"),
+    ("1-d-wide", "1-d-64-taps"),
+    ("block-and-a-panel",),
+    ("long-gradients",),
+    ("long-rows",),
+]
+PROGRAM_LAYERS = ("linear", "3x3-odd-channels", "3x3-large", "1x1", "1-d", "not-square")
+"""Every program is a library to compile; these layers cover all paths."""
+WITH_PROGRAMS = ("fused_activation", "fused_gradient", "gradient_moments", "max_pool_gradient")
+
+
+def sampled(operation: str, layers: Sequence[Layer]) -> list[Layer]:
+    """One layer of every kind, another one every day (`sample`), and those with programs for what takes programs."""
+    if sample.everything():
+        return list(layers)
+    chosen = set(PROGRAM_LAYERS if operation in WITH_PROGRAMS else ())
+    for kind in KINDS:
+        members = [name for name in kind if name in {layer.name for layer in layers}]
+        if members:
+            chosen.add(sample.pick(" ".join(kind), members))
+    return [layer for layer in layers if layer.name in chosen]
 
 
 def _seeded(layer: Layer) -> torch.Generator:
@@ -193,8 +233,6 @@ PROGRAMS = {
     "prelu": "full,channel|t0=gt(x0,0.0)|t1=mul(x0,x1)|t2=where(t0,x0,t1)|t3=bfloat16(t2)",
     "hardtanh": "full,channel|t0=div(x0,x1)|t1=maximum(t0,-1.0)|t2=minimum(t1,1.0)|t3=neg(t2)|t4=abs(t3)",
 }
-PROGRAM_LAYERS = ("linear", "3x3-odd-channels", "3x3-large", "1x1", "1-d", "not-square")
-"""Every program is a library to compile; these layers cover all paths."""
 POOLED = "full,channel,channel|t0=mul(x0,x1)|t1=pool(t0)|t2=add(t1,x2)|t3=relu(t2)"
 
 
@@ -414,7 +452,6 @@ def calls(layer: Layer) -> dict[str, list[Call]]:
 
 
 @functools.cache
-def expected(layer: Layer, operation: str) -> list[Any]:
-    """Results of the reference for every argument list."""
-    function: Callable[..., Any] = REFERENCE[operation]
-    return [function(*arguments) for arguments in calls(layer)[operation]]
+def expected(layer: Layer, operation: str, number: int) -> Any:
+    """The reference's result for one argument list."""
+    return REFERENCE[operation](*calls(layer)[operation][number])

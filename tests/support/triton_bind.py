@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import triton.runtime.autotuner
 import triton.runtime.driver
-from grid import LAYERS, calls
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelInterface
 
 from fqt_compile.kernels import gpu, gpu_launch, gpu_strategy
+from support.grid import LAYERS, calls
 
 LAYER_NAMES = ("linear-one-row", "3x3-stride-2")  # all sizes 1, and none
 PROGRAM_OPERATIONS = ("fused_activation", "fused_gradient", "gradient_moments")
