@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-all lint clean
 
 setup: $(STAMP)
 
@@ -18,8 +18,15 @@ demo: setup
 	$(BIN)/fqt1bit finetune --out runs/demo --overwrite
 
 # Two workers with two threads each: idle threads sleep instead of spinning on the other worker's core.
+PYTEST := OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Everything but the large grids, of which each day tests another sample; FQT_COMPILE_TEST_SEED=... repeats one.
 test: setup
-	OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+# The whole grids, too.
+test-all: setup
+	$(PYTEST) --all
 
 lint: setup
 	$(BIN)/ruff check .

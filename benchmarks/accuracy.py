@@ -1,11 +1,11 @@
 """Accuracy after training from scratch, seed by seed: small nets and ResNet-18 on Fashion-MNIST, native kernels.
 
-    python benchmarks/accuracy.py --seeds 5 --json benchmarks/results/accuracy/fashion-small-vgg.json
+    python benchmarks/accuracy.py --seeds 5 --json benchmarks/results/zen3/fashion-small-vgg.json
     python benchmarks/accuracy.py --arch resnet18 --size 32 --steps 500 --limit 32000 --seeds 1 --json ...
 
 The setting of the float simulation that the estimator was found with (docs/adr/0015): 14 px, 6000 training and 5000
 test images, batch 64, 465 steps of Adam, lr 3e-3 with half a cosine. Accuracy in percent, as it is and with BatchNorm
-recalibrated on 8 batches.
+recalibrated on 8 batches. The file of --json is written after every run; runs that it has are not repeated.
 """
 
 from __future__ import annotations
@@ -105,6 +105,16 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     return found
 
 
+def known_runs(path: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs of the file at ``path``, so that an interrupted measurement goes on; none if their setting was another."""
+    if path is None or not path.exists():
+        return []
+    report: dict[str, Any] = json.loads(path.read_text())
+    which = ("methods", "seeds")
+    same = all(report["settings"].get(k) == v for k, v in settings.items() if k not in which)
+    return list(report["runs"]) if same else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="fqt_compile.models:small_vgg")
@@ -121,17 +131,19 @@ def main() -> None:
     (images, labels), (test_images, test_labels) = (read(part, arguments.size) for part in ("train", "t10k"))
     mean, deviation = images.mean(), images.std()
     data = ((images - mean) / deviation, labels, ((test_images - mean) / deviation)[:5000], test_labels[:5000])
-    runs = []
-    for method in arguments.methods:
-        for seed in range(arguments.seeds):
+    settings = {k: v for k, v in vars(arguments).items() if k != "json"}
+    runs = known_runs(arguments.json, settings)
+    for seed in range(arguments.seeds):
+        for method in arguments.methods:
+            if any((run["method"], run["seed"]) == (method, seed) for run in runs):
+                continue
             runs.append(train(method, arguments, seed, data))
             print(json.dumps(runs[-1]), flush=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "json"}
-    report = {"settings": settings, "summary": summary(runs), "runs": runs, **environment()}
-    print(json.dumps(report["summary"], indent=2))
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(report, arguments.json)
+            if arguments.json is not None:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                report = {"settings": settings, "summary": summary(runs), "runs": runs, **environment()}
+                write_json(report, arguments.json)
+    print(json.dumps(summary(runs), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The effect of ``float_dtype="bfloat16"`` on accuracy: the same fine-tuning with both, seed by seed.
 
-    python benchmarks/float_dtype.py [--seeds 5] [--runs runs/float_dtype] [--json benchmarks/results/float_dtype.json]
+    python benchmarks/float_dtype.py [--seeds 5] [--runs runs/float_dtype] [--json runs/float_dtype.json]
 
 For every seed and dtype `fqt1bit finetune` on Fashion-MNIST (Debian's dataset-fashion-mnist), 12000 training and all
 10000 test images, the small VGG, two epochs of pre-training and three of QAT and of FQT. Runs whose results are in

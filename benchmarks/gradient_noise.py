@@ -1,6 +1,6 @@
 """Bias and variance of the gradients of six kinds of nets, version 0.1 against the default, on digits.
 
-    python benchmarks/gradient_noise.py --json benchmarks/results/accuracy/gradient-noise.json
+    python benchmarks/gradient_noise.py --json benchmarks/results/zen3/gradient-noise.json
 
 Each net is trained for 20 steps with exact gradients first (at initialization gradients say little), then measured on 2
 batches of 64 images with 16 seeds (`fqt_compile.gradient_noise`).
@@ -20,7 +20,7 @@ import fqt_compile
 from fqt_compile.results import environment, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from noise_nets import NETS, batches, trained
+from support.noise_nets import NETS, batches, trained
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "v1": {"preset": "v1"},

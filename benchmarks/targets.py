@@ -1,6 +1,6 @@
 """The goals for the CPU step against the recorded results: what is met, what is missed, by how much.
 
-    python benchmarks/targets.py [--results benchmarks/results]
+    python benchmarks/targets.py [--results benchmarks/results/zen5]
 
 Reads the files that README.md lists; a file that is not there counts as missed. Exit status 1 if a goal is missed.
 Ratios are those of the plain `fqt1bit` variant, under the allocator setting where they are lower; the table of `fqt1bit
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "fqt1bit"
+RESULTS = Path(__file__).parent / "results" / "zen5"
 LARGE_CHANNELS = 128  # "large layers": 3x3, stride 1, at least this many channels on both sides
 
 
@@ -88,7 +89,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one machine")
     found = list(goals(parser.parse_args().results))
     table = Table(title="goals of the CPU training step")
     for column in ("goal", "wanted", "stretch", "got", ""):

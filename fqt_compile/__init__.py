@@ -1,11 +1,20 @@
-"""1-bit fully quantized training as a compiler pass: ``torch.compile(model, backend="fqt1bit")``."""
+"""1-bit fully quantized training as a compiler pass: ``torch.compile(model, backend="fqt1bit")``.
+
+fqt1bit         the backend, which needs no import to be used by its name
+FQTConfig       its options, each with what it accepts and means
+explain         what is done with a model and why, without training it: a Report
+compare         one step, layer by layer, against the reference, eager FQT and float: a Comparison
+gradient_noise  bias and variance of a model's quantized gradients: a GradientNoise
+eager           a model that computes the definition, without a compiler
+recalibrate     BatchNorm's statistics for the weights as they are, before an evaluation
+"""
 
 from .backend import fqt1bit
-from .compare import Comparison, compare
 from .config import FQTConfig
-from .eager import eager
-from .explain import Report, explain
-from .noise import GradientNoise, gradient_noise
+from .eager_fqt.model import eager
+from .inspect.compare import Comparison, compare
+from .inspect.explain import Report, explain
+from .inspect.noise import GradientNoise, gradient_noise
 from .recalibrate import recalibrate
 
 __all__ = [

@@ -25,11 +25,10 @@ from . import inductor
 from .config import FQTConfig
 from .cumulative import make_traceable
 from .errors import ConfigError
-from .kernels import gpu
+from .interpret import ReferenceInterpreter, TritonInterpreter, compile_interpreted
 from .kernels.cpu.codegen import find_compiler
 from .kernels.cpu.memory import keep_freed_memory
 from .kernels.gpu.launch import require_triton
-from .kernels.operations import OPERATIONS
 from .notices import announce, graph_key, notices, recall, remember
 from .passes.batch_norm import decompositions
 from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline
@@ -96,7 +95,7 @@ def fqt1bit(
 
     Raises `ConfigError` for a wrong option, `CompilerMissingError` where native kernels cannot be built.
     """
-    config = options if isinstance(options, FQTConfig) else FQTConfig.from_options(options)
+    config = FQTConfig.from_options(options)
     if mode not in (None, "default"):
         raise ConfigError(f"mode: got {mode!r}; accepted: none, the fqt1bit backend takes options={{...}} instead")
     if unknown.pop("dynamic", None) is not None or unknown:
@@ -151,62 +150,6 @@ def _is_channels_last(x: Any) -> bool:
 def device_types(example_inputs: Sequence[Any]) -> set[str]:
     """``cpu``, ``cuda``, ... of the tensors among a graph's inputs."""
     return {example.device.type for example in example_inputs if isinstance(example, torch.Tensor)}
-
-
-def compile_interpreted(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    joint_pass: CustomGraphPass,
-    interpreter: Callable[[fx.GraphModule], fx.Interpreter],
-    on_graph: Callable[[fx.GraphModule, bool], None] | None = None,
-) -> Callable[..., Any]:
-    """Partition as for Inductor, but interpret both graphs node by node."""
-
-    def inner_compile(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        if on_graph is not None:
-            on_graph(graph, bool(kwargs.get("is_backward")))
-        running = interpreter(graph)
-
-        def run(args: list[Any]) -> Any:
-            return running.boxed_run(args)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    # Cached artifacts must be Inductor's own; an interpreted graph is none.
-    patches = {"joint_custom_pre_pass": joint_pass, "fx_graph_cache": False}
-    functorch = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-    with torch._functorch.config.patch(functorch):
-        compiled: Any = compile_fx(
-            gm, example_inputs, inner_compile, config_patches=patches, decompositions=decompositions()
-        )
-    return compiled
-
-
-class NativeInterpreter(fx.Interpreter):
-    """Runs a rewritten graph node by node with the native kernels."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.aten.view.default:
-            target = torch.reshape  # packed operations return NHWC memory, where a traced view may need a copy
-        return super().call_function(target, args, kwargs)
-
-
-class ReferenceInterpreter(NativeInterpreter):
-    """Runs a rewritten graph with the reference operations: the oracle, which needs no compiler."""
-
-    operations: Mapping[str, Callable[..., Any]] = OPERATIONS
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if getattr(target, "namespace", None) == "fqt":
-            target = self.operations[target._schema.name.removeprefix("fqt::")]
-        return super().call_function(target, args, kwargs)
-
-
-class TritonInterpreter(ReferenceInterpreter):
-    """Runs a rewritten graph with the Triton kernels, on whatever device its tensors are."""
-
-    operations = gpu.OPERATIONS
 
 
 def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str | None]:

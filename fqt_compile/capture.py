@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .backend import FQTPass, compile_interpreted, parameter_names
+from .backend import FQTPass, parameter_names
 from .config import FQTConfig
 from .errors import CaptureError
+from .interpret import compile_interpreted
 from .notices import announce, notices
-from .passes.compact import CompactedRows
-from .passes.graph import arguments, describe, value
+from .passes.graph import describe, first, value
 from .passes.pipeline import State, run_pipeline
+from .passes.refusal import NotOptimized
 from .passes.region import FusedProgram
 from .passes.sites import Site
 
@@ -63,15 +64,17 @@ class SiteReport:
 class CapturedGraph:
     """One graph of a model (graph breaks make several) with what the passes made of it.
 
-    ``compacted``: how many values of the backward have kept rows only, and where full rows remain.
+    ``compacted``: how many values of the backward have kept rows only. ``not_optimized``: what the optimizing passes
+    left as it was, and why.
     """
 
     sites: list[SiteReport]
     row_choice: str
     stages: dict[str, str]
     saved_bytes: int
-    compacted: CompactedRows
+    compacted: int
     fused: list[FusedProgram]
+    not_optimized: list[NotOptimized]
 
 
 def capture(
@@ -133,9 +136,10 @@ class _Analysis(FQTPass):
 
     def result(self) -> CapturedGraph:
         state = self.state
-        choice = state.choice.reason if state is not None else ""
-        compacted, fused = (state.compacted, state.fused) if state is not None else (CompactedRows(), [])
-        return CapturedGraph(self.sites, choice, self.stages, self.saved_bytes, compacted, fused)
+        if state is None:
+            return CapturedGraph([], "", self.stages, self.saved_bytes, 0, [], [])
+        made = (state.compacted, state.fused, state.not_optimized)
+        return CapturedGraph(self.sites, state.choice.reason, self.stages, self.saved_bytes, *made)
 
 
 class _Unexecuted(fx.Interpreter):
@@ -144,7 +148,7 @@ class _Unexecuted(fx.Interpreter):
     def boxed_run(self, args_list: list[Any]) -> Any:
         args_list.clear()
         output = next(n for n in self.module.graph.nodes if n.op == "output")  # type: ignore[union-attr]
-        return [self._zeros(item) for item in arguments(output)[0]]
+        return [self._zeros(item) for item in first(output)]
 
     @staticmethod
     def _zeros(item: Any) -> Any:

@@ -1,31 +1,28 @@
 """The command line: ``fqt1bit finetune | explain | compare | bench``.
 
-torch is imported inside the commands, so that help and mistakes on the command line are answered at once.
+Every command imports what it needs by itself: none fails for a package that only another one uses.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import Bits, Grad, Keep, Option, Preset, Scope, parse_options
 from .errors import ConfigError, FQTError
 
 if TYPE_CHECKING:
     import torch
 
-    from .config import FQTConfig
-
 USER_ERROR = 2  # exit code
 INTERRUPTED = 130
 DEMO_ARCH = "fqt_compile.models:small_vgg"
-WORDS = {"none": None, "true": True, "false": False}
 
 app = typer.Typer(
     help="Train and inspect models whose convolution and linear layers run on packed bits.",
@@ -37,15 +34,6 @@ app = typer.Typer(
 Arch = Annotated[str, typer.Option(help="A torchvision classifier, module:factory, or path/to/file.py:factory.")]
 Size = Annotated[int, typer.Option(help="Images of SIZE x SIZE pixels.", min=1)]
 Batch = Annotated[int, typer.Option(help="Images per training step.", min=1)]
-Bits = Annotated[int | None, typer.Option(help="Gradient bits, 1 to 8.")]
-Keep = Annotated[float | None, typer.Option(help="Kept fraction of gradient rows; 1 / bits unless given.")]
-Scope = Annotated[str | None, typer.Option(help="Rows chosen once per 'step' or per 'layer'.")]
-Grad = Annotated[str | None, typer.Option(help="'fqt', 'exact' or 'psq'.")]
-Preset = Annotated[str | None, typer.Option(help="'default', 'paper' or 'v1' (the estimator of version 0.1).")]
-Option = Annotated[
-    list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="Any field of FQTConfig; repeatable; lists as a,b."),
-]
 Classes = Annotated[int, typer.Option(help="Number of classes.", min=1)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -67,26 +55,6 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from interrupt
 
     return run
-
-
-def parse_options(texts: Sequence[str], flags: dict[str, Any]) -> FQTConfig:
-    """``NAME=VALUE`` texts and flags that are not None, validated by `FQTConfig.from_options`.
-
-    A value is a Python literal, ``none``, ``true`` or ``false``, values separated by commas, or else text.
-
-    Raises `ConfigError`: no ``=``, a name given twice, and all that `FQTConfig` refuses.
-    """
-    from .config import FQTConfig
-
-    options = {name: value for name, value in flags.items() if value is not None}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"--option: got {text!r}; accepted: NAME=VALUE such as bits=4")
-        if name in options:
-            raise ConfigError(f"option {name!r} is given twice; give it once")
-        options[name] = _skip_list(value) if name == "skip" else _parse(value)
-    return FQTConfig.from_options(options)
 
 
 @app.command()
@@ -125,9 +93,8 @@ def finetune(
     """Train with float32, QAT and FQT under one schedule and compare accuracy, speed and memory."""
     from rich.console import Console
 
-    from .finetune import PLOT, RESULTS, FinetuneSettings
+    from .finetune import PLOT, RESULTS, FinetuneSettings, table
     from .finetune import finetune as run
-    from .results import table
 
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
     settings = FinetuneSettings(
@@ -180,7 +147,7 @@ def explain(
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
     config = parse_options(option or [], flags)
     model, images = _model_and_images(arch, size, batch, classes)
-    from .explain import explain as make_report
+    from .inspect.explain import explain as make_report
 
     report = make_report(model, images, config=config)
     if stage is not None and stage not in report.stages:
@@ -217,7 +184,7 @@ def compare(
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
     config = parse_options(option or [], flags)
     model, images = _model_and_images(arch, size, batch, classes)
-    from .compare import compare as make_comparison
+    from .inspect.compare import compare as make_comparison
 
     if seeds == 1:
         raise ConfigError("--seeds: got 1; accepted: 0, or at least 2 for a variance")
@@ -253,7 +220,7 @@ def bench(
 
     from .bench import BenchSettings
     from .bench import bench as run
-    from .bench_table import WIDTH, tables
+    from .bench.tables import WIDTH, tables
     from .results import write_json
 
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
@@ -308,24 +275,6 @@ def _make_folder(file: Path) -> None:
         raise ConfigError(
             f"--json: got {str(file)!r}; accepted: a file in a folder that can be written ({error})"
         ) from error
-
-
-def _parse(text: str) -> Any:
-    """A number, a boolean, None, a list of these, or the text itself."""
-    if text.lower() in WORDS:
-        return WORDS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return [_parse(part) for part in text.split(",")] if "," in text else text
-
-
-def _skip_list(text: str) -> Any:
-    """``skip`` takes a list of names: ``a,b``, a single name, or nothing at all."""
-    value = _parse(text)
-    if isinstance(value, str):
-        return [value] if value else []
-    return value
 
 
 if __name__ == "__main__":

@@ -1,33 +1,22 @@
-"""The one configuration object: frozen, keyword-only, validated once."""
+"""The one configuration object: frozen, keyword-only, validated once.
+
+Every option is declared once, as a field made by `option`: its default, what it accepts and what it means. Validation
+and error messages, the class's docstring, the help of the command line and the table in README (`option_table`,
+written by ``python docs/option_table.py``) all come from there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "scope": ("step", "layer"),
-    "prune": ("systematic", "bernoulli", "topk", "none"),
-    "prune_weight": ("sample", "channel"),
-    "importance": ("norm", "range", "uniform"),
-    "grad": ("fqt", "exact", "psq"),
-    "activation": ("auto", "sign", "threshold"),
-    "threshold": ("auto", "sample", "batch"),
-    "cut": ("batch_norm", "layer", "output"),
-    "batch_norm": ("project", "drop"),
-    "zero_point": ("grid", "free"),
-    "weight_scale": ("xnor", "none"),
-    "float_dtype": ("float32", "bfloat16"),
-    "lowering": ("native", "eager", "triton"),
-}
 SKIP_GROUPS = ("first", "last", "downsample", "slow")
-DEFAULT_SKIP = ("first", "last", "downsample")
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -39,91 +28,190 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "v1": {"threshold": "batch", "cut": "layer", "batch_norm": "drop", "zero_point": "free"},
 }
-MAX_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """The values that an option accepts.
+
+    text: in words. admits: is this one of them? kept_as: the form in which it is kept. names: the accepted words, if
+    these are all, to find the one that was meant.
+    """
+
+    text: str
+    admits: Callable[[Any], bool]
+    kept_as: Callable[[Any], Any] = lambda value: value
+    names: tuple[str, ...] = ()
+
+    def checked(self, name: str, got: Any) -> Any:
+        """The value of the option ``name`` in the form in which it is kept; `ConfigError` if it is not accepted."""
+        if not self.admits(got):
+            raise ConfigError(f"option {name!r}: got {got!r}; accepted: {self.text}{did_you_mean(got, self.names)}")
+        return self.kept_as(got)
+
+
+def choice(*names: str) -> Accepted:
+    """One of some words."""
+    return Accepted(", ".join(map(repr, names)), lambda got: isinstance(got, str) and got in names, names=names)
+
+
+def integer(low: int, high: int | None = None) -> Accepted:
+    """An integer, which True and False are not."""
+    text = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    return Accepted(text, lambda got: _is_number(got, int) and low <= got and (high is None or got <= high))
+
+
+def _is_number(got: Any, kind: Any) -> bool:
+    return isinstance(got, kind) and not isinstance(got, bool)
+
+
+def _is_fraction(got: Any) -> bool:
+    return got is None or (_is_number(got, int | float) and 0 < got <= 1)
+
+
+def _are_names(got: Any) -> bool:
+    return isinstance(got, list | tuple | set | frozenset) and all(isinstance(name, str) and name for name in got)
+
+
+FLAG = Accepted("True or False", lambda got: isinstance(got, bool))
+KEPT_FRACTION = Accepted(
+    "a number in (0, 1], or None for 1 / bits", _is_fraction, lambda got: None if got is None else float(got)
+)
+LAYERS = Accepted(
+    f"a list of {', '.join(map(repr, SKIP_GROUPS))}, module paths or patterns such as 'layer4.*'",
+    _are_names,
+    lambda got: tuple(sorted(got) if isinstance(got, set | frozenset) else got),
+)
+PRESET = choice(*PRESETS)
+PRESET_MEANING = (
+    "values for other options, which those given replace: 'paper' sets scope, prune, importance, prune_weight and "
+    "zero_point as published; 'v1' is the estimator of version 0.1"
+)
+
+
+def option(default: Any, accepted: Accepted, meaning: str) -> Any:
+    """A field of `FQTConfig`. ``meaning`` is read in the docstring, in ``--help`` and in README: plain text."""
+    return dataclasses.field(default=default, metadata={"accepted": accepted, "meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FQTConfig:
-    """What is quantized and how (NUMERICS: docs/math.md; method: arXiv 2408.14267).
-
-    Fields
-    ------
-    bits: gradient bits ``b``, 1..8.
-    keep: kept fraction of gradient rows in (0, 1]; ``None`` means ``1 / bits``, the paper's budget of
-        one one-bit product per product.
-    scope: ``"step"`` chooses the rows once per step where the gradient enters the packed part of the
-        network; ``"layer"`` (the paper) chooses at every site.
-    prune: ``"systematic"`` (exactly K rows, unbiased), ``"bernoulli"`` (the paper, unbiased, random
-        count), ``"topk"`` (the released code, biased), ``"none"`` (keep all rows).
-    prune_weight: ``"sample"`` uses the same kept samples for the weight gradient; ``"channel"`` (the
-        paper's SCQ) keeps output channels by their own importance.
-    importance: of a row: L2 ``"norm"``, ``"range"`` (max - min, the paper) or ``"uniform"`` (control).
-    grad: ``"fqt"``; ``"exact"`` (QAT: packed forward, float gradients); ``"psq"`` (one-bit per row).
-    activation: ``"auto"`` picks ``threshold`` where the input is provably non-negative, else ``sign``.
-    threshold: of the code ``threshold``: ``"auto"`` takes that of each channel from the BatchNorm before the layer,
-        and else the mean of each sample; ``"sample"`` always the latter. No prediction depends on its neighbours.
-        ``"batch"`` takes the mean of the batch (version 0.1: predictions depend on the batch).
-    cut: with ``scope="step"``, where rows are chosen: ``"batch_norm"`` above the BatchNorm that the gradient of the
-        packed layers comes from, ``"layer"`` directly above the packed layers, ``"output"`` at the model's outputs.
-    batch_norm: the backward of BatchNorm on kept rows: ``"project"`` (orthogonal to 1 and to its input, as the exact
-        gradient is), or ``"drop"`` (the share of the dropped rows is lost: biased; version 0.1).
-    zero_point: ``"grid"``: an exact zero is a code, and sums over a channel are exact; ``"free"``: the least value (the
-        paper).
-    weight_scale: ``"xnor"`` (mean |W| per output channel) or ``"none"`` (1).
-    skip: layers left in float: the groups ``first``, ``last``, ``downsample`` and ``slow`` (where the packed layer
-        would be slower on this machine, by a model calibrated once: `kernels.cost`), and module paths or shell
-        patterns such as ``"layer4.*"``.
-    min_channels: layers with fewer input or output channels stay in float (packing them wastes words).
-    check_finite: debug: raise `NonFiniteError`, naming the layer, when a NaN or Inf reaches a packed layer.
-    float_dtype: the products of layers left in float run in ``"float32"`` (as the model says) or in
-        ``"bfloat16"``, about twice as fast where the CPU has bfloat16 instructions; float32 models only.
-    save_outputs: keep the integer outputs of the products for the backward (2 bytes an element, 4 where int16 is too
-        small) instead of computing them again. Worth it where nothing is pruned (``keep=1``): with rows chosen once per
-        step, only the kept ones are computed again, and nothing more is saved.
-    reuse_memory: let the C library keep freed memory for the next step, in the whole process and for good (glibc;
-        `kernels.cpu.memory`): page faults would cost as much as the products.
-    lowering: ``"native"`` generated kernels inside Inductor; ``"eager"`` interprets the same rewritten
-        graph with the reference operations (the oracle; needs no compiler); ``"triton"`` interprets it with the
-        generated Triton kernels, on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``; tests the GPU path).
+    """What is quantized and how (definitions: docs/math.md; method: arXiv 2408.14267).
 
     Raises
     ------
     ConfigError: a value outside the accepted ones; the message names field, value and choices.
     """
 
-    bits: int = 4
-    keep: float | None = None
-    scope: str = "step"
-    prune: str = "systematic"
-    prune_weight: str = "sample"
-    importance: str = "norm"
-    grad: str = "fqt"
-    activation: str = "auto"
-    threshold: str = "auto"
-    cut: str = "batch_norm"
-    batch_norm: str = "project"
-    zero_point: str = "grid"
-    weight_scale: str = "xnor"
-    skip: tuple[str, ...] = DEFAULT_SKIP
-    min_channels: int = 32
-    check_finite: bool = False
-    float_dtype: str = "float32"
-    save_outputs: bool = False
-    reuse_memory: bool = True
-    lowering: str = "native"
+    bits: int = option(4, integer(1, 8), "bits of a gradient entry")
+    keep: float | None = option(
+        None,
+        KEPT_FRACTION,
+        "kept fraction of gradient rows, the knob between speed and accuracy; None is 1 / bits, the paper's budget of "
+        "one one-bit product per product",
+    )
+    scope: str = option(
+        "step",
+        choice("step", "layer"),
+        "rows are chosen once per step, where the gradient enters the packed part of the network, or at every 'layer' "
+        "(the paper)",
+    )
+    prune: str = option(
+        "systematic",
+        choice("systematic", "bernoulli", "topk", "none"),
+        "exactly K rows, unbiased; 'bernoulli': a random number of rows, unbiased (the paper); 'topk': the most "
+        "important rows, biased (the released code); 'none': all rows",
+    )
+    prune_weight: str = option(
+        "sample",
+        choice("sample", "channel"),
+        "the weight gradient from the same kept samples, or from output channels kept by their own importance (the "
+        "paper's SCQ)",
+    )
+    importance: str = option(
+        "norm",
+        choice("norm", "range", "uniform"),
+        "of a row: its L2 norm, its max - min (the paper), or the same for all rows (a control)",
+    )
+    grad: str = option(
+        "fqt",
+        choice("fqt", "exact", "psq"),
+        "quantized gradients; 'exact': float gradients of the packed forward (QAT); 'psq': one bit per entry, scaled "
+        "per row",
+    )
+    activation: str = option(
+        "auto",
+        choice("auto", "sign", "threshold"),
+        "code of activation bits: 'threshold' where the input is provably non-negative, else 'sign'; or always one of "
+        "them",
+    )
+    threshold: str = option(
+        "auto",
+        choice("auto", "sample", "batch"),
+        "of the code 'threshold': of each channel from the BatchNorm before the layer, else the mean of each sample; "
+        "'sample': always that mean; 'batch': the mean of the batch, so that predictions depend on the batch (version "
+        "0.1)",
+    )
+    cut: str = option(
+        "batch_norm",
+        choice("batch_norm", "layer", "output"),
+        "where rows are chosen once per step: above the BatchNorm that the gradient of the packed layers comes from, "
+        "directly above the packed layers, or at the model's outputs",
+    )
+    batch_norm: str = option(
+        "project",
+        choice("project", "drop"),
+        "backward of BatchNorm on kept rows: orthogonal to 1 and to its input, as the exact gradient is; 'drop' loses "
+        "the share of the dropped rows (biased, version 0.1)",
+    )
+    zero_point: str = option(
+        "grid",
+        choice("grid", "free"),
+        "of quantized gradients: an exact zero is a code, and sums over a channel are exact; 'free': the least value "
+        "(the paper)",
+    )
+    weight_scale: str = option("xnor", choice("xnor", "none"), "mean |W| per output channel, or 1")
+    skip: tuple[str, ...] = option(
+        ("first", "last", "downsample"),
+        LAYERS,
+        "layers left in float; 'slow' are those that this machine computes faster in float, by a model calibrated once",
+    )
+    min_channels: int = option(
+        32, integer(1), "layers with fewer input or output channels stay in float: packing them wastes words"
+    )
+    check_finite: bool = option(
+        False, FLAG, "for debugging: raise at the first packed layer that meets a NaN or an infinity, naming it"
+    )
+    float_dtype: str = option(
+        "float32",
+        choice("float32", "bfloat16"),
+        "products of the layers left in float: as the model says, or in bfloat16, about twice as fast where the CPU "
+        "has instructions for it; float32 models only",
+    )
+    save_outputs: bool = option(
+        False,
+        FLAG,
+        "keep the integer outputs of the products for the backward (2 bytes an element, 4 where int16 is too small) "
+        "instead of computing them again; worth it where nothing is pruned (keep=1)",
+    )
+    reuse_memory: bool = option(
+        True,
+        FLAG,
+        "the C library keeps freed memory for the next step, in the whole process and for good (glibc): page faults "
+        "would cost as much as the products",
+    )
+    lowering: str = option(
+        "native",
+        choice("native", "eager", "triton"),
+        "generated kernels inside Inductor; 'eager': the same rewritten graph interpreted with the reference "
+        "operations, without a compiler; 'triton': with the GPU kernels, on CPU tensors in Triton's interpreter "
+        "(TRITON_INTERPRET=1)",
+    )
 
     def __post_init__(self) -> None:
-        for name, accepted in CHOICES.items():
-            _check_choice(name, getattr(self, name), accepted)
-        _check_int("bits", self.bits, 1, MAX_BITS)
-        _check_int("min_channels", self.min_channels, 1, None)
-        for name in ("check_finite", "save_outputs", "reuse_memory"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(_message(name, getattr(self, name), "True or False"))
-        if self.keep is not None:
-            _check_keep(self.keep)
-            object.__setattr__(self, "keep", float(self.keep))
-        object.__setattr__(self, "skip", _normalize_skip(self.skip))
+        for field in dataclasses.fields(self):
+            got = getattr(self, field.name)
+            object.__setattr__(self, field.name, field.metadata["accepted"].checked(field.name, got))
 
     @property
     def kept_fraction(self) -> Fraction:
@@ -153,59 +241,47 @@ class FQTConfig:
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None) -> FQTConfig:
+    def from_options(cls, options: Mapping[str, Any] | FQTConfig | None) -> FQTConfig:
         """Build from ``torch.compile(options=...)``: field names, and ``preset`` (`PRESETS`) underneath them.
 
-        Raises `ConfigError` for an unknown name, with the closest accepted one.
+        An `FQTConfig` is returned as it is. Raises `ConfigError` for an unknown name, with the closest accepted one.
         """
         if options is None:
             return cls()
+        if isinstance(options, FQTConfig):
+            return options
         if not isinstance(options, Mapping):
             raise ConfigError(f"options: got {type(options).__name__}; accepted: a mapping of option names to values")
         given = dict(options)
-        preset = given.pop("preset", "default")
-        _check_choice("preset", preset, tuple(PRESETS))
-        names = [field.name for field in dataclasses.fields(cls)]
+        preset = PRESET.checked("preset", given.pop("preset", "default"))
+        names = [*OPTIONS, "preset"]
         for name in given:
-            if name not in names:
-                raise ConfigError(_unknown_name(name, [*names, "preset"]))
+            if name not in OPTIONS:
+                hint = did_you_mean(name, names)
+                raise ConfigError(f"unknown option {name!r}{hint}; accepted: {', '.join(sorted(names))}")
         return cls(**{**PRESETS[preset], **given})
 
 
-def _message(field: str, got: object, accepted: str) -> str:
-    return f"option {field!r}: got {got!r}; accepted: {accepted}"
+OPTIONS = {field.name: field for field in dataclasses.fields(FQTConfig)}
+MEANINGS: dict[str, str] = {name: field.metadata["meaning"] for name, field in OPTIONS.items()}
 
 
-def _did_you_mean(got: object, accepted: list[str]) -> str:
-    close = difflib.get_close_matches(got, accepted, n=1) if isinstance(got, str) else []
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _described(name: str) -> str:
+    """An option in the docstring."""
+    text = f"{name} ({OPTIONS[name].metadata['accepted'].text}): {MEANINGS[name]}."
+    return textwrap.fill(text, 120, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
 
 
-def _unknown_name(name: object, names: list[str]) -> str:
-    return f"unknown option {name!r}{_did_you_mean(name, names)}; accepted: {', '.join(sorted(names))}"
+def option_table() -> str:
+    """The options as a table in Markdown."""
+    rows = [(name, f.default, f.metadata["accepted"].text, MEANINGS[name]) for name, f in OPTIONS.items()]
+    rows.append(("preset", "default", PRESET.text, PRESET_MEANING))
+    lines = ["| option | default | accepted | meaning |", "|---|---|---|---|"]
+    for name, default, accepted, meaning in rows:
+        shown = ", ".join(default) if isinstance(default, tuple) else default
+        cells = (f"`{name}`", f"{shown}", accepted, meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-def _check_choice(field: str, got: object, accepted: tuple[str, ...]) -> None:
-    if not isinstance(got, str) or got not in accepted:
-        choices = ", ".join(repr(choice) for choice in accepted)
-        raise ConfigError(_message(field, got, choices) + _did_you_mean(got, list(accepted)))
-
-
-def _check_int(field: str, got: object, low: int, high: int | None) -> None:
-    accepted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(got, bool) or not isinstance(got, int) or got < low or (high is not None and got > high):
-        raise ConfigError(_message(field, got, accepted))
-
-
-def _check_keep(got: object) -> None:
-    if isinstance(got, bool) or not isinstance(got, int | float) or not 0 < got <= 1:
-        raise ConfigError(_message("keep", got, "a number in (0, 1], or None for 1 / bits"))
-
-
-def _normalize_skip(got: object) -> tuple[str, ...]:
-    accepted = f"a list of {', '.join(map(repr, SKIP_GROUPS))}, module paths or patterns such as 'layer4.*'"
-    if isinstance(got, str) or not isinstance(got, list | tuple | set | frozenset):
-        raise ConfigError(_message("skip", got, accepted))
-    if not all(isinstance(entry, str) and entry for entry in got):
-        raise ConfigError(_message("skip", got, accepted))
-    return tuple(sorted(got)) if isinstance(got, set | frozenset) else tuple(got)
+FQTConfig.__doc__ = "\n".join([str(FQTConfig.__doc__).rstrip(), "\n    Fields\n    ------", *map(_described, OPTIONS)])

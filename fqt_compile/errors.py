@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FQTError(Exception):
     """Base of every error this package raises on purpose."""
@@ -41,3 +44,9 @@ class CaptureError(FQTError, RuntimeError):
 
 class FQTWarning(UserWarning):
     """Something was left in float that the user probably expected to be packed."""
+
+
+def did_you_mean(got: object, accepted: Iterable[str]) -> str:
+    """`` (did you mean 'name'?)`` with the accepted name that is most like ``got``; empty if none is."""
+    close = difflib.get_close_matches(got, list(accepted), n=1) if isinstance(got, str) else []
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,7 +1,7 @@
 """Inductor's wrapper code calls native kernels as `kernels.cpu.launch` wrote them down, without the dispatcher.
 
 Inductor writes a Python function that runs a compiled graph line by line. It would call an operation of ours as
-``torch.ops.fqt.<name>.default(...)``; registered here is what it writes instead, where the operands are on the CPU,
+``torch.ops.fqt.<name>.default(...)``. This module registers what it writes instead where the operands are on the CPU,
 their shapes are known, and the operation can be written down.
 """
 

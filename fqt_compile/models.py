@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -13,8 +12,8 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .data import optional_import
-from .errors import ConfigError, FQTError
+from .errors import ConfigError, FQTError, did_you_mean
+from .optional import optional_import
 
 
 def small_vgg(num_classes: int) -> nn.Module:
@@ -88,8 +87,7 @@ def _from_torchvision(arch: str, classes: int, size: int) -> nn.Module:
     models = optional_import("torchvision.models")
     names = models.list_models(module=models)
     if arch not in names:
-        close = difflib.get_close_matches(arch, names, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(arch, names)
         raise ConfigError(
             f"arch: unknown torchvision classifier {arch!r}{hint}; accepted: a classification model of "
             "torchvision.models, module:factory or path/to/file.py:factory"
@@ -111,9 +109,7 @@ def _from_factory(arch: str, classes: int) -> nn.Module:
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
-        close = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"arch {arch!r}: {source!r} has no callable {name!r}{hint}")
+        raise ConfigError(f"arch {arch!r}: {source!r} has no callable {name!r}{did_you_mean(name, dir(module))}")
     model: nn.Module = factory(num_classes=classes)
     return model
 

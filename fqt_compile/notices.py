@@ -1,4 +1,4 @@
-"""What the passes have to say about a graph, said again where a cached compilation runs without them.
+"""The messages of the passes about a graph, repeated when a cached compilation runs without the passes.
 
 Inductor's caches skip the passes in the next process. A model that is left in float would then run so silently; the
 messages are therefore kept beside the kernels and found by everything the rewritten graph depends on.

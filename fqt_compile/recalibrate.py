@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from .batches import input_of, require_iterable
 from .errors import ConfigError
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -41,7 +42,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises
     ------
-    ConfigError: no module, no batches, a batch of another kind, a lazy BatchNorm that has not seen its first input.
+    ConfigError: no module, no batches, a batch of another kind or without rows, a lazy BatchNorm that has not seen its
+        first input.
     Whatever the model and ``batches`` raise. After an error all statistics are as before.
 
     Source: the semantics of ``torch.optim.swa_utils.update_bn``, which sets ``momentum`` to None for the call (compiled
@@ -56,7 +58,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         model.train()
         seen = 0
         for batch in batches:
-            images = _input(batch, seen)
+            images = input_of(batch, seen)
             for layer in layers:
                 layer.clear()
             model(images)
@@ -149,20 +151,7 @@ def _tracks(norm: _BatchNorm) -> bool:
 def _check(model: Any, batches: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module, compiled or not")
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise ConfigError(
-            f"batches: got {type(batches).__name__}; accepted: an iterable of batches, such as [images] or a DataLoader"
-        )
+    require_iterable(batches)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and any(is_lazy(buffer) for buffer in module.buffers()):
             raise ConfigError(f"model: {name} has no shape yet; accepted: a model that has run once; call it first")
-
-
-def _input(batch: Any, number: int) -> Tensor:
-    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(first, Tensor):
-        got = "an empty one" if batch in ((), []) else type(first).__name__
-        raise ConfigError(
-            f"batches: batch {number}: got {got}; accepted: a tensor, or a tuple or list whose first item is one"
-        )
-    return first

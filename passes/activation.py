@@ -15,8 +15,10 @@ from torch import fx
 
 from ..config import FQTConfig
 from . import batch_norm, threshold
-from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, prims, value
+from .call import Call
+from .graph import CASTS, TRANSPOSES, VIEWS, aten, first, prims, value
 from .sites import Site
+from .state import State, graph_pass
 
 Proof = Callable[["NonNegativity", fx.Node], bool]
 
@@ -92,49 +94,60 @@ class NonNegativity:
         if node.target in ALWAYS or node.target in COMPARISONS:
             return True
         if node.target in FIRST_ARGUMENT:
-            return self(arguments(node)[0])
+            return self(first(node))
         if node.target in EVERY_ARGUMENT:
-            return all(self(arg) for arg in arguments(node)[:2]) and all(self(arg) for arg in node.kwargs.values())
+            return all(self(arg) for arg in node.args) and all(self(arg) for arg in node.kwargs.values())
         rule = RULES.get(node.target)
         return rule is not None and rule(self, node)
 
 
 def _any_of_two(proven: NonNegativity, node: fx.Node) -> bool:
-    return any(proven(arg) for arg in arguments(node)[:2])
+    return any(proven(arg) for arg in node.args)
 
 
 def _square(proven: NonNegativity, node: fx.Node) -> bool:
-    exponent = arguments(node)[1]
-    return (isinstance(exponent, int | float) and exponent % 2 == 0) or proven(arguments(node)[0])
+    call = Call(node)
+    return (isinstance(call.exponent, int | float) and call.exponent % 2 == 0) or proven(call.self)
 
 
 def _hardtanh(proven: NonNegativity, node: fx.Node) -> bool:
-    return len(arguments(node)) > 1 and proven(arguments(node)[1])
+    return proven(Call(node).min_val)
 
 
 def _clamp(proven: NonNegativity, node: fx.Node) -> bool:
-    low, high = ([*arguments(node)[1:3], None, None])[:2]
-    return (proven(low) or proven(arguments(node)[0])) and (high is None or proven(high))
+    call = Call(node)
+    return (proven(call.min) or proven(call.self)) and (call.max is None or proven(call.max))
 
 
 RULES: dict[Any, Proof] = {
-    operator.getitem: lambda proven, node: arguments(node)[1] == 0 and proven(arguments(node)[0]),
+    operator.getitem: lambda proven, node: Call(node).index == 0 and proven(Call(node).source),
     aten.clamp_min.default: _any_of_two,
     aten.maximum.default: _any_of_two,
-    aten.clamp_max.default: lambda proven, node: proven(arguments(node)[0]) and proven(arguments(node)[1]),
+    aten.clamp_max.default: lambda proven, node: proven(Call(node).self) and proven(Call(node).max),
     aten.clamp.default: _clamp,
     aten.hardtanh.default: _hardtanh,
     aten.pow.Tensor_Scalar: _square,
-    aten.cat.default: lambda proven, node: all(proven(part) for part in arguments(node)[0]),
-    aten.where.self: lambda proven, node: proven(arguments(node)[1]) and proven(arguments(node)[2]),
-    aten.constant_pad_nd.default: lambda proven, node: (
-        proven(arguments(node)[0]) and proven(([*arguments(node), 0])[2])
-    ),
-    aten.full.default: lambda proven, node: proven(arguments(node)[1]),
+    aten.cat.default: lambda proven, node: all(proven(part) for part in Call(node).tensors),
+    aten.where.self: lambda proven, node: proven(Call(node).self) and proven(Call(node).other),
+    aten.constant_pad_nd.default: lambda proven, node: proven(Call(node).self) and proven(Call(node).value),
+    aten.full.default: lambda proven, node: proven(Call(node).fill_value),
 }
 
 
-def choose(site: Site, config: FQTConfig, proven: NonNegativity) -> None:
+def _without_code(state: State) -> str | None:
+    missing = [s.name for s in state.packed if s.activation is None]
+    return f"packed sites without an activation code: {missing}" if missing else None
+
+
+@graph_pass(requires=("decisions",), ensures="codes", check=_without_code)
+def activation(state: State) -> None:
+    """Choose the activation code of every packed site."""
+    proven = NonNegativity()
+    for site in state.packed:
+        _choose(site, state.config, proven)
+
+
+def _choose(site: Site, config: FQTConfig, proven: NonNegativity) -> None:
     """Set the activation code of a packed site, where its threshold comes from, and why."""
     site.activation, site.activation_reason = choose_code(site.x, config.activation, proven)
     if site.activation == "threshold":
@@ -166,5 +179,5 @@ def _origin(x: fx.Node) -> str:
     while x.op == "call_function" and (x.target in FIRST_ARGUMENT or x.target is operator.getitem):
         if batch_norm.output_of(x) is not None:
             return "batch_norm"
-        x = arguments(x)[0]
+        x = first(x)
     return "graph input" if x.op == "placeholder" else str(x.target).replace("aten.", "").split(".")[0]

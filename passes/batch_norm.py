@@ -20,8 +20,10 @@ from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
 from ..kernels import reference
-from .graph import Emitter, arguments, aten, is_call, provenance, value
+from .call import Call, takes
+from .graph import Emitter, aten, is_call, site_of, value
 from .local import same
+from .state import State, graph_pass
 
 fqt = torch.ops.fqt
 FORWARD = frozenset(
@@ -34,53 +36,77 @@ FORWARD = frozenset(
 BACKWARD = aten.native_batch_norm_backward.default
 
 
+class _Decompositions(dict[Any, Callable[..., Any]]):
+    """Pickled by name: Inductor's cache key has it, and some of its functions cannot be pickled. Without a key nothing
+    is cached; what the table holds is in the key by torch's version and ours (`backend.source_hash`)."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return decompositions, ()
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions without those of BatchNorm: what a graph is captured with."""
-    return {target: made for target, made in select_decomp_table().items() if target not in {*FORWARD, BACKWARD}}
+    kept = {target: made for target, made in select_decomp_table().items() if target not in {*FORWARD, BACKWARD}}
+    return _Decompositions(kept)
 
 
 def output_of(node: fx.Node) -> fx.Node | None:
     """The BatchNorm whose normalized output ``node`` is, if it is one."""
-    if not is_call(node, operator.getitem) or arguments(node)[1] != 0:
+    if not is_call(node, operator.getitem) or Call(node).index != 0:
         return None
-    source: fx.Node = arguments(node)[0]
+    source: fx.Node = Call(node).source
     return source if source.op == "call_function" and source.target in FORWARD else None
+
+
+def is_instance_norm(norm: fx.Node) -> bool:
+    """Is ``norm`` the InstanceNorm of a batch of one, which autograd writes as a BatchNorm of ``[1, N C, *S]``?
+
+    What tells them apart are running statistics: BatchNorm's are graph inputs, InstanceNorm has none or repeats them.
+    """
+    running = Call(norm).running_mean if takes(norm, "running_mean") else None
+    return same(value(Call(norm).input).shape[0], 1) and not (
+        isinstance(running, fx.Node) and running.op == "placeholder"
+    )
 
 
 def mixes_samples(node: fx.Node, samples: Any) -> bool:
     """Is ``node`` the backward of a BatchNorm that normalized by the statistics of this batch of ``samples`` rows?"""
-    if not is_call(node, BACKWARD):
-        return False
-    _, x, _, _, _, _, _, training, *_ = arguments(node)
-    return bool(training) and same(value(x).shape[0], samples)
+    return is_call(node, BACKWARD) and Call(node).train and same(value(Call(node).input).shape[0], samples)
 
 
-def project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
+@graph_pass(requires=("packed backward",), ensures="written-out BatchNorm")
+def batch_norm(state: State) -> None:
+    """Write out every BatchNorm: on kept rows as a projection, the rest by Inductor's decomposition."""
+    if state.step_rows is not None and state.config.batch_norm == "project":
+        _project(state.graph, state.choice.norms, state.step_rows, state.config.prune != "bernoulli")
+    _write_out(state.graph)
+
+
+def _project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
     """Replace the backward of ``norms`` by the projection on the kept ``rows``; without ``all_used`` some may be -1."""
     emitter = Emitter(graph, "backward")
     for node in norms:
         at = emitter.at(node, "step")
-        g, x, weight, _, _, mean, invstd, _, eps, _ = arguments(node)
-        kept = [at.call("gather", fqt.gather_rows.default, full, rows) for full in (g, x)]
+        norm = Call(node)
+        kept = [at.call("gather", fqt.gather_rows.default, full, rows) for full in (norm.grad_out, norm.input)]
         used = None if all_used else at.call("gather", aten.ge.Scalar, rows, 0)
-        args = (*kept, weight, mean, invstd, eps, used)
+        args = (*kept, norm.weight, norm.save_mean, norm.save_invstd, norm.eps, used)
         grad, *parameters = at.inline("batch_norm", reference.batch_norm_gradient, *args)
-        full = at.call("batch_norm", fqt.scatter_rows.default, grad, rows, at.size(x, 0))
+        full = at.call("batch_norm", fqt.scatter_rows.default, grad, rows, at.size(norm.input, 0))
         for item in list(node.users):
-            made = (full, *parameters)[arguments(item)[1]]
+            made = (full, *parameters)[Call(item).index]
             item.replace_all_uses_with(at.cast("batch_norm", made, value(item).dtype))
     graph.eliminate_dead_code()
 
 
-def write_out(graph: fx.Graph) -> None:
+def _write_out(graph: fx.Graph) -> None:
     """Replace every BatchNorm node that is left by Inductor's decomposition."""
     emitter, table = Emitter(graph, "batch_norm"), select_decomp_table()
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in {*FORWARD, BACKWARD}:
             continue
-        made = provenance(node)
-        at = emitter.at(node, made.site if made else "step")
+        at = emitter.at(node, site_of(node))
         results = at.inline("batch_norm", table[node.target], *node.args, **node.kwargs)
         for item in list(node.users):
-            item.replace_all_uses_with(results[arguments(item)[1]])
+            item.replace_all_uses_with(results[Call(item).index])
     graph.eliminate_dead_code()

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import CASTS, TRANSPOSES, VIEWS, arguments, aten, is_backward, is_call, is_tensor, root, strip, value
+from .call import Call
+from .graph import CASTS, TRANSPOSES, VIEWS, aten, first, is_backward, is_call, is_tensor, root, strip, value
 from .local import same
-from .sites import Site
+from .sites import Site, factors
 
 PRODUCTS = frozenset({aten.mm.default, aten.convolution_backward.default})
 SAME_VALUES = CASTS | {aten.alias.default}
@@ -136,26 +137,27 @@ def _claims(site: Site, node: fx.Node) -> list[Claim]:
 def _convolution_claims(site: Site, node: fx.Node) -> list[Claim]:
     if not is_call(node, aten.convolution_backward.default):
         return []
-    operands = zip(arguments(node)[1:3], (site.x, site.weight), strict=True)
-    g = arguments(node)[0]
+    call = Call(node)
+    operands = ((call.input, site.x), (call.weight, site.weight))
+    g = call.grad_output
     if not all(strip(a, SAME_VALUES) is strip(b, SAME_VALUES) for a, b in operands) or not _has_shape(g, site.output):
         return []
     roles = ("grad_input", "grad_weight", "grad_bias")
-    return [Claim(roles[arguments(item)[1]], item, node, g) for item in node.users if item.users]
+    return [Claim(roles[Call(item).index], item, node, g) for item in node.users if item.users]
 
 
 def _input_claim(site: Site, node: fx.Node) -> Claim | None:
     """``g @ W``, with the weight turned the other way than in the forward."""
-    g, operand = arguments(node)
-    turns = _turns(operand, site.weight)
-    if turns is None or turns == _turns(arguments(site.output)[-1], site.weight) or not _has_shape(g, site.output):
+    g = Call(node).self
+    turns = _turns(Call(node).mat2, site.weight)
+    if turns is None or turns == _turns(factors(site.output)[1], site.weight) or not _has_shape(g, site.output):
         return None
     return Claim("grad_input", node, node, g)
 
 
 def _weight_claim(site: Site, node: fx.Node) -> Claim | None:
     """``g^T x``, as autograd writes it for a transposed weight, or ``x^T g``."""
-    x, (left, right) = arguments(site.output)[-2], arguments(node)
+    x, left, right = factors(site.output)[0], Call(node).self, Call(node).mat2
     start = strip(x, CASTS | VIEWS)
     fitting = {}
     if _turns(right, start) == 0 and _has_shape(right, x) and _has_shape(left, site.output, turned=True):
@@ -169,9 +171,9 @@ def _weight_claim(site: Site, node: fx.Node) -> Claim | None:
 
 def _bias_claims(site: Site, node: fx.Node) -> list[Claim]:
     """The ``sum`` over rows."""
-    if site.bias is None or not is_call(node, aten.sum.dim_IntList) or list(arguments(node)[1]) != [0]:
+    if site.bias is None or not is_call(node, aten.sum.dim_IntList) or list(Call(node).dim) != [0]:
         return []
-    g = arguments(node)[0]
+    g = Call(node).self
     return [Claim("grad_bias", node, node, g)] if _has_shape(g, site.output) else []
 
 
@@ -182,7 +184,7 @@ def _turns(node: fx.Node, start: fx.Node) -> int | None:
         if node.op != "call_function" or node.target not in CASTS | TRANSPOSES | VIEWS:
             return None
         turns ^= node.target in TRANSPOSES
-        node = arguments(node)[0]
+        node = first(node)
     return turns
 
 

@@ -10,56 +10,53 @@ the operators allow, float operations included:
                                      single product or convolution of the input leads to them
 
 No number changes but the order of float sums: an operator that mixes rows in a way not listed here keeps its full
-operands, and the pass records which (`CompactedRows.reasons`).
+operands, and the pass says which (`State.not_optimized`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import fx
 
-from .gradients import row_sources
+from .call import Call, takes
 from .graph import (
     REQUIRES_STRIDES,
     Emitter,
     Insertion,
-    arguments,
     aten,
     is_backward,
     is_call,
     operator_of,
     provenance,
+    site_of,
     strip,
     value,
 )
-from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands
+from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands, row_sources
+from .refusal import NotOptimized, Refusal
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
-READS_ROWS = {fqt.quantize_rows.default: 2, fqt.quantize_channels.default: 1}
-"""Packed operations on the kept rows of their first operand, and which argument names these rows."""
-COMPACT_ARGUMENT = {fqt.quantize_rows.default: 7, fqt.quantize_channels.default: 8}
 
 
-@dataclasses.dataclass
-class CompactedRows:
-    """What the pass did: how many values have a compact form, and where full rows are still computed and why."""
-
-    count: int = 0
-    reasons: list[str] = dataclasses.field(default_factory=list)
-
-
-def compact_rows(graph: fx.Graph, rows: fx.Node) -> CompactedRows:
-    """Rewrite the backward part of ``graph`` below the choice of ``rows`` (int32 ``[K]``, all of them used)."""
-    compaction = _Compaction(graph, rows)
-    for node in list(graph.nodes):
+@graph_pass(requires=("known gradients",), ensures="kept rows", check=no_float_left)
+def compact(state: State) -> None:
+    """Rewrite the backward below the choice of rows (int32 ``[K]``, all of them used), if there is one."""
+    if state.kept_rows is None:
+        if state.step_rows is not None:
+            why = "prune='bernoulli' keeps a random number of rows"
+            state.not_optimized.append(NotOptimized("all layers", "compact", why))
+        return
+    compaction = _Compaction(state.graph, state.kept_rows)
+    for node in list(state.graph.nodes):
         if node.op == "call_function" and is_backward(node):
             compaction.visit(node)
-    report = compaction.finish()
-    graph.eliminate_dead_code()
-    return report
+    for node, refusal in compaction.finish():
+        state.refuse("compact", node, refusal)
+    state.compacted = len(compaction.kept)
+    state.graph.eliminate_dead_code()
 
 
 class _Compaction:
@@ -74,8 +71,7 @@ class _Compaction:
         """Values whose rows that are not kept are zero."""
 
     def at(self, node: fx.Node) -> Insertion:
-        made = provenance(node)
-        return self.emitter.at(node, made.site if made else "step")
+        return self.emitter.at(node, site_of(node))
 
     # -- backward values ---------------------------------------------------------------------------------------
 
@@ -88,8 +84,8 @@ class _Compaction:
         operands = row_operands(node)
         if operands is not None and any(n in self.kept for n in operands):
             self._keep(node, self._rebuild(self.at(node), node, operands), keeps_zero(node, self.zero))
-        elif node.target is aten.sum.dim_IntList and arguments(node)[0] in self.zero:
-            node.update_arg(0, self.kept[arguments(node)[0]])
+        elif is_call(node, aten.sum.dim_IntList) and Call(node).self in self.zero:
+            node.replace_input_with(Call(node).self, self.kept[Call(node).self])
 
     def _keep(self, node: fx.Node, compact: fx.Node, zero: bool) -> None:
         self.kept[node] = compact
@@ -98,20 +94,24 @@ class _Compaction:
 
     def _packed_operation(self, node: fx.Node) -> bool:
         """Operations that know the kept rows themselves. True if ``node`` is one."""
-        args = arguments(node)
+        if not takes(node, "rows"):
+            return False
+        call = Call(node)
         if node.target is fqt.prune_rows.default:
-            self._keep(node, self.at(node).call("keep", fqt.keep_rows.default, *args), zero=True)
-        elif node.target is fqt.scatter_rows.default and args[1] is self.rows:
-            self._keep(node, args[0], zero=True)
-        elif node.target is fqt.dequantize_grad_input.default and args[4] is self.rows:
-            role = provenance(node)
-            compact = self.at(node).call(role.role if role else "grad_input", node.target, *args[:6], True)
-            self._keep(node, compact, zero=True)
-        elif node.target is fqt.gather_rows.default and args[1] is self.rows:
-            node.replace_all_uses_with(self._of(self.at(node), args[0]))
-        elif node.target in READS_ROWS and args[READS_ROWS[node.target]] is self.rows and args[0] in self.kept:
-            position = COMPACT_ARGUMENT[node.target]
-            node.args = (self.kept[args[0]], *args[1:position], True)
+            kept = self.at(node).call("keep", fqt.keep_rows.default, call.g, call.rows, call.row_scale)
+            self._keep(node, kept, zero=True)
+        elif call.rows is not self.rows:
+            return False
+        elif node.target is fqt.scatter_rows.default:
+            self._keep(node, call.kept, zero=True)
+        elif node.target is fqt.dequantize_grad_input.default:
+            made = provenance(node)
+            kept = self.at(node).repeat(made.role if made else "grad_input", node, compact=True)
+            self._keep(node, kept, zero=True)
+        elif node.target is fqt.gather_rows.default:
+            node.replace_all_uses_with(self._of(self.at(node), call.x))
+        elif takes(node, "g", "compact") and call.g in self.kept:
+            call.replace(g=self.kept[call.g], compact=True)
         else:
             return False
         return True
@@ -146,12 +146,12 @@ class _Compaction:
         return gathered
 
     def _recompute(self, at: Insertion, node: fx.Node) -> fx.Node | None:
-        args = arguments(node)
-        if node.target is fqt.output_product.default:
-            recomputed: fx.Node = at.call("product", operator_of(node), self._again(at, args[0]), *args[1:])
+        recomputed: fx.Node
+        if is_call(node, fqt.output_product.default):
+            recomputed = at.repeat("product", node, x_bits=self._again(at, Call(node).x_bits))
             return recomputed
-        if is_call(node, aten.convolution.default) and has_rows(args[0], node):
-            recomputed = at.call("convolution", operator_of(node), self._again(at, args[0]), *args[1:])
+        if is_call(node, aten.convolution.default) and has_rows(Call(node).input, node):
+            recomputed = at.repeat("convolution", node, input=self._again(at, Call(node).input))
             return recomputed
         operands = row_operands(node)
         if operands is None or len(row_sources(node)) != 1:
@@ -162,16 +162,16 @@ class _Compaction:
 
     # -- the end -----------------------------------------------------------------------------------------------
 
-    def finish(self) -> CompactedRows:
-        """Where full rows are still read, make them from the kept ones if the others are zero; report the rest."""
-        report = CompactedRows(len(self.kept))
+    def finish(self) -> list[tuple[fx.Node, Refusal]]:
+        """Where full rows are still read, make them from the kept ones if the others are zero; which, and for whom."""
+        refused = []
         live = live_nodes(self.graph)
         for node in self.kept:
             readers = [user for user in node.users if user in live and user not in self.kept]
             if not readers:
                 continue
             names = ", ".join(sorted({str(user.target) for user in readers}))
-            report.reasons.append(f"full rows of {node.name} for {names}")
+            refused.append((node, Refusal(f"full rows of {node.name} for {names}")))
             if node in self.zero and node.target is not fqt.scatter_rows.default:
                 at = self.at(node)
                 at.anchor = node.next
@@ -179,4 +179,4 @@ class _Compaction:
                 full = at.call("scatter", fqt.scatter_rows.default, self.kept[node], self.rows, size)
                 for reader in readers:
                     reader.replace_input_with(node, full)
-        return report
+        return refused

@@ -11,14 +11,22 @@ from ..config import SKIP_GROUPS, FQTConfig
 from ..kernels import cost
 from .graph import value
 from .sites import Site
+from .state import State, graph_pass
 
 SUPPORTED_KINDS = ("conv1d", "conv2d", "linear")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE_DEVICES = ("cpu", "cuda")
 
 
-def decide(sites: Sequence[Site], config: FQTConfig, fuel: int | None = None) -> None:
-    """Set ``decision`` and ``reason`` of every site. ``fuel`` packs at most that many (to bisect a model)."""
+def _without_reason(state: State) -> str | None:
+    silent = [s.name for s in state.sites if not s.reason]
+    return f"sites without a reason: {silent}" if silent else None
+
+
+@graph_pass(requires=("sites",), ensures="decisions", check=_without_reason)
+def decide(state: State) -> None:
+    """Set ``decision`` and ``reason`` of every site; at most ``fuel`` are packed (to bisect a model)."""
+    sites, config, fuel = state.sites, state.config, state.fuel
     packed = 0
     for site in sites:
         reason = (

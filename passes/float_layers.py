@@ -7,25 +7,31 @@ The same for their gradients. What the packed layers compute is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 
+from .call import Call
 from .graph import Emitter, aten, is_tensor, operator_of, provenance, value
+from .state import State, graph_pass
 
 PRODUCTS = frozenset({aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default})
 
 
-def cast_float_products(graph: fx.Graph, dtype: torch.dtype, packed: Collection[str], own: Collection[fx.Node]) -> int:
-    """Let every float32 product of a layer left in float run in ``dtype``; how many do.
+@graph_pass(requires=("kept rows",), ensures="float layers")
+def float_layers(state: State) -> None:
+    """Let every float32 product of a layer left in float run in bfloat16, if that is asked for.
 
-    packed: names of packed sites, whose float products (QAT) stay as they are. own: the layers' own nodes; other
-    matrix products of the model are none of ours, unless a pass made them.
+    Float products of packed layers (QAT) stay as they are; so do matrix products of the model that are no layer's.
     """
+    if state.config.float_dtype != "bfloat16":
+        return
+    graph, dtype = state.graph, torch.bfloat16
+    packed = {site.name for site in state.packed}
+    nodes = [(s.output, s.backward, s.grad_input, s.grad_weight) for s in state.sites if not s.packed]
+    own = {node for of_site in nodes for node in of_site if node is not None}
     emitter = Emitter(graph, "float_layers")
-    count = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in PRODUCTS or node.kwargs:
             continue
@@ -38,9 +44,7 @@ def cast_float_products(graph: fx.Graph, dtype: torch.dtype, packed: Collection[
         for old, new in zip(_results(node), result if isinstance(result, tuple) else (result,), strict=True):
             if old is not None and new is not None and is_tensor(new):
                 old.replace_all_uses_with(at.cast("cast", new, torch.float32))
-        count += 1
     graph.eliminate_dead_code()
-    return count
 
 
 def _is_float32(node: Any) -> bool:
@@ -58,5 +62,5 @@ def _results(node: fx.Node) -> list[fx.Node | None]:
         return [node]
     items: list[fx.Node | None] = [None] * len(value(node))
     for item in node.users:
-        items[int(item.args[1])] = item  # type: ignore[arg-type]
+        items[Call(item).index] = item
     return items

@@ -9,44 +9,27 @@ output        = alpha * float(acc) + bias                ATen: Inductor fuses it
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
 from ..config import FQTConfig
 from ..kernels import reference
 from .graph import Emitter, Insertion, aten, is_training, mark, replace, value
-from .sites import Site
-from .threshold import BatchNormThreshold
+from .schemes import SCHEMES
+from .sites import BatchNormThreshold, Site
+from .state import PackedForward, State, graph_pass
 
 fqt = torch.ops.fqt
 
 
-@dataclasses.dataclass
-class PackedForward:
-    """Nodes of a packed forward that its backward reads."""
-
-    x_bits: fx.Node
-    mask: fx.Node
-    w_bits: fx.Node
-    weight_scale: fx.Node
-    weight: fx.Node
-    acc: fx.Node
-
-
-def rewrite_forward(
-    graph: fx.Graph, sites: Sequence[Site], config: FQTConfig
-) -> tuple[dict[int, PackedForward], fx.Node | None]:
-    """Replace the output of every packed site. Returns the new nodes by site index, and the step's seed."""
+@graph_pass(requires=("codes",), ensures="packed forward")
+def forward(state: State) -> None:
+    """Replace the output of every packed site."""
+    graph, config, packed = state.graph, state.config, state.packed
     emitter = Emitter(graph, "forward")
-    packed = [site for site in sites if site.packed]
-    seed = None
-    if packed and is_training(graph) and config.grad != "exact" and any(site.trained for site in packed):
+    if packed and is_training(graph) and SCHEMES[config.grad].is_random and any(site.trained for site in packed):
         first = emitter.at(packed[0].output, "step")
-        seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)
-    nodes: dict[int, PackedForward] = {}
+        state.seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)
     known: dict[BatchNormThreshold, fx.Node] = {}
     for site in packed:
         if site.batch_norm is not None and site.batch_norm not in known:
@@ -55,8 +38,7 @@ def rewrite_forward(
         site.reread()  # the site before it may have replaced its input
         # The seed rides along with one forward operation, or the partitioner would draw it in the backward.
         at = emitter.at(site.output, site.name)
-        nodes[site.index] = _pack_site(at, site, config, limits, None if nodes else seed)
-    return nodes, seed
+        state.forward[site.index] = _pack_site(at, site, config, limits, None if state.forward else state.seed)
 
 
 def _channel_threshold(emitter: Emitter, norm: BatchNormThreshold, name: str) -> fx.Node:

@@ -13,81 +13,95 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from ..kernels.packing import INT16_LIMIT
 from ..kernels.program import FULL, POOL
-from .graph import Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
-from .local import live_nodes
+from .call import Call
+from .graph import Emitter, aten, is_backward, is_call, prims, site_of, strip, value
+from .local import is_not_positive, live_nodes
 from .moments import largest_output
-from .region import SOURCES, Region, are_readable, is_supported
+from .refusal import Refusal, name_of
+from .region import SOURCES, Region, are_readable, is_supported, unreadable
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 MAX_FULL_OPERANDS = 4
 
 
-def fuse_activations(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
-    """Fuse what can be fused; returns layer and call of each region."""
-    emitter = Emitter(graph, "fuse")
-    fused: list[tuple[str, fx.Node]] = []
+@graph_pass(requires=("exact statistics",), ensures="fused activations", check=no_float_left)
+def fuse(state: State) -> None:
+    """Fuse what can be fused in front of packed activations, and behind the integers of a weight's gradient."""
     for x_of in (_packed_activation, _packed_mask):
-        for pack in list(graph.nodes):
-            x = None if is_backward(pack) else x_of(pack)
-            if x is None:
-                continue
-            region = _ActivationRegion(graph, x, live_nodes(graph))
-            if region.statements:
-                made = provenance(pack)
-                site = made.site if made else "step"
-                fused.append((site, _replace(emitter, x, pack, region, site)))
-        graph.eliminate_dead_code()
-    return fused
+        _fuse_activations(state, x_of)
+        state.graph.eliminate_dead_code()
+    _fuse_weight_gradients(state.graph)
+
+
+def _fuse_activations(state: State, x_of: Callable[[fx.Node], fx.Node | None]) -> None:
+    """Fuse what leads to every ``x_of(node)``, a value that ``node`` packs."""
+    emitter = Emitter(state.graph, "fuse")
+    for pack in list(state.graph.nodes):
+        x = None if is_backward(pack) else x_of(pack)
+        if x is None:
+            continue
+        region = _match_activation(state.graph, x, live_nodes(state.graph))
+        if isinstance(region, Refusal):
+            if is_call(pack, fqt.pack_activation.default):
+                state.refuse("fuse", pack, region)
+            continue
+        state.regions.append(_replace(emitter, x, pack, region))
 
 
 def _packed_activation(node: fx.Node) -> fx.Node | None:
     """The activation that ``node`` packs."""
-    return arguments(node)[0] if is_call(node, fqt.pack_activation.default) else None
+    return Call(node).x if is_call(node, fqt.pack_activation.default) else None
 
 
 def _packed_mask(node: fx.Node) -> fx.Node | None:
     """The x of a ``pack_bool(x <= 0)`` that no packing of x has produced on the way."""
     if not is_call(node, fqt.pack_bool.default):
         return None
-    mask = arguments(node)[0]
-    if not is_call(mask, aten.le.Scalar) or arguments(mask)[1] != 0:
-        return None
-    return strip(arguments(mask)[0], {aten.alias.default})
+    mask = Call(node).mask
+    return strip(Call(mask).self, {aten.alias.default}) if is_not_positive(mask) else None
+
+
+def _match_activation(graph: fx.Graph, x: fx.Node, live: set[fx.Node]) -> _ActivationRegion | Refusal:
+    """The program that computes the activation ``x``."""
+    region = _ActivationRegion(graph, live)
+    absorbed, sources = region.absorb_private(x)
+    if not absorbed and not region.is_max_pool(x, absorbed, x):
+        return Refusal(f"its input is made by {name_of(x)}, which no program says")
+    if len(sources) == 1 and region.is_max_pool(sources[0], absorbed, x):
+        pooled, pool = sources[0], Call(Call(sources[0]).source)
+        inner, sources = region.absorb_private(pool.self, only_for=pool.node)
+        if not are_readable(sources):
+            return unreadable(sources)
+        region.emit(inner, sources)
+        region.window = [*pool.kernel_size, *pool.stride, *pool.padding]
+        region.state(pooled, POOL, [region.argument(pool.self)])
+        sources = []
+    full = len(sources) + sum(kind == FULL for _, kind in region.operands)
+    if full > MAX_FULL_OPERANDS:
+        return Refusal(f"its input is computed from {full} tensors, at most {MAX_FULL_OPERANDS} are read")
+    if not are_readable(sources):
+        return unreadable(sources)
+    region.emit(absorbed, sources)
+    return region if region.says(x) else Refusal("at most a scale and a shift lead to its input")
 
 
 class _ActivationRegion(Region):
-    """The operators that only the activation ``x`` needs; a max-pool may stand between two parts of them."""
+    """The operators that only the activation needs; a max-pool may stand between two parts of them."""
 
-    def __init__(self, graph: fx.Graph, x: fx.Node, live: set[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, live: set[fx.Node]) -> None:
         super().__init__(graph)
         self.live = live
         self.window: list[int] = []
-        absorbed, sources = self._absorb(x)
-        if len(sources) == 1 and self._max_pool(sources[0], absorbed, x):
-            pooled = sources[0]
-            pool = arguments(pooled)[0]
-            inner, sources = self._absorb(arguments(pool)[0], only_for=pool)
-            if not are_readable(sources):
-                return
-            self.emit(inner, sources)
-            _, kernel, stride, padding, *_ = arguments(pool)
-            self.window = [*kernel, *stride, *padding]
-            self.state(pooled, POOL, [self.argument(arguments(pool)[0])])
-            sources = []
-        full = len(sources) + sum(kind == FULL for _, kind in self.operands)
-        if full <= MAX_FULL_OPERANDS and are_readable(sources):
-            self.emit(absorbed, sources)
-            if self.statements and self.argument(x) == self.statements[-1].name:
-                return
-        self.statements.clear()  # not all of x can be said: nothing is fused
 
-    def _absorb(self, x: fx.Node, only_for: fx.Node | None = None) -> tuple[list[fx.Node], list[fx.Node]]:
+    def absorb_private(self, x: fx.Node, only_for: fx.Node | None = None) -> tuple[list[fx.Node], list[fx.Node]]:
         """`absorb` the operators that nothing else in the forward reads; ``only_for``: that reads x inside."""
 
         def is_read_outside(node: fx.Node, absorbed: list[fx.Node]) -> bool:
@@ -99,15 +113,15 @@ class _ActivationRegion(Region):
     def _forward_users(self, node: fx.Node) -> list[fx.Node]:
         return [u for u in node.users if u in self.live and not is_backward(u) and not _serves_backward(u)]
 
-    def _max_pool(self, node: fx.Node, absorbed: list[fx.Node], x: fx.Node) -> bool:
+    def is_max_pool(self, node: fx.Node, absorbed: list[fx.Node], x: fx.Node) -> bool:
         """Is ``node`` the values of a plain 2-D max-pool that nothing outside the region reads?"""
-        if not is_call(node, operator.getitem) or arguments(node)[1] != 0:
+        if not is_call(node, operator.getitem) or Call(node).index != 0:
             return False
-        pool = arguments(node)[0]
+        pool = Call(node).source
         if not is_call(pool, prims._low_memory_max_pool_with_offsets.default):
             return False
-        source, _, _, _, dilation, ceil_mode = arguments(pool)
-        plain = not ceil_mode and all(d == 1 for d in dilation) and value(source).dim() == 4
+        call, source = Call(pool), Call(pool).self
+        plain = not call.ceil_mode and all(d == 1 for d in call.dilation) and value(source).dim() == 4
         others = [u for u in self._forward_users(pool) if u is not node]
         outside = [] if node is x else [u for u in self._forward_users(node) if u not in absorbed]
         return plain and not others and not outside and value(source).dtype in SOURCES
@@ -159,29 +173,31 @@ def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
     if user.target is aten.alias.default:
         found = [_negative_masks(u, live) for u in users]
         return None if any(f is None for f in found) else [mask for f in found for mask in f or []]
-    if user.target is aten.le.Scalar and arguments(user)[1] == 0:
+    if is_not_positive(user):
         return users if all(is_call(u, fqt.pack_bool.default) for u in users) else None
     return None
 
 
-def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationRegion, site: str) -> fx.Node:
+def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationRegion) -> fx.Node:
     """``pack``: the packing of x, or of its negative mask alone."""
-    threshold, *after = arguments(pack)[1:] or (None,)
-    mean = is_call(threshold, fqt.activation_threshold.default)
-    rule = {"threshold": None if mean else threshold, "rule": arguments(threshold)[1] if mean else "sample"}
+    packing = Call(pack) if is_call(pack, fqt.pack_activation.default) else None
+    threshold, after = (packing.threshold, packing.after) if packing else (None, None)
+    rule = (threshold, "sample")
+    if is_call(threshold, fqt.activation_threshold.default):
+        rule = (None, Call(threshold).rule)
     readers = _readers(x, region.live)
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     anchor = min((*readers.masks, *readers.others, pack), key=order.__getitem__)
-    if after and order[after[0]] > order[anchor]:
-        anchor.prepend(after[0])  # the seed depends on nothing
-    at = emitter.at(anchor, site)
+    if after is not None and order[after] > order[anchor]:
+        anchor.prepend(after)  # the seed depends on nothing
+    at = emitter.at(anchor, site_of(pack))
     code = "sign" if threshold is None else "threshold"
     operands = region.arguments(at)
     keep = (bool(readers.others), bool(readers.masks))
-    args = (operands, str(region.program), code, region.window, *keep, *(after or [None]), *rule.values())
+    args = (operands, str(region.program), code, region.window, *keep, after, *rule)
     bits, mask, values, below = at.call("fused", fqt.fused_activation.default, *args)
-    for item in list(pack.users) if is_call(pack, fqt.pack_activation.default) else []:
-        replacement = (bits, mask)[arguments(item)[1]]
+    for item in list(pack.users) if packing else []:
+        replacement = (bits, mask)[Call(item).index]
         replacement.meta.update({k: item.meta[k] for k in ("recompute",) if k in item.meta})
         item.replace_all_uses_with(replacement)
     for words in readers.masks:
@@ -190,45 +206,43 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     if readers.others:
         kept = at.cast("fused", values, value(x).dtype)
         x.replace_all_uses_with(kept, delete_user_cb=lambda user: user in readers.others + readers.later)
-    fused: fx.Node = arguments(bits)[0]
+    fused: fx.Node = Call(bits).source
     return fused
 
 
-def fuse_weight_gradients(graph: fx.Graph) -> int:
+def _fuse_weight_gradients(graph: fx.Graph) -> None:
     """``weight_gradient(dequantize_grad_weight(grad_weight_product))`` of all output channels as one operation.
 
-    The integers and the gradient of alpha sign(W) then never leave the cache. Returns how many were fused.
+    The integers and the gradient of alpha sign(W) then never leave the cache.
     """
     emitter = Emitter(graph, "fuse")
-    fused = 0
     for node in list(graph.nodes):
         if not is_call(node, fqt.weight_gradient.default):
             continue
-        grad_hat, weight, alpha, mode = arguments(node)
-        if not is_call(grad_hat, fqt.dequantize_grad_weight.default) or arguments(grad_hat)[4] is not None:
+        through, dequantize = Call(node), Call(Call(node).grad_hat)
+        if not is_call(dequantize.node, fqt.dequantize_grad_weight.default) or dequantize.channels is not None:
             continue
-        acc, _, scale, zero_point, *_ = arguments(grad_hat)
-        product = arguments(acc)[0]
-        lanes, x_bits, rows, _, _, code, size, _, stride, padding = arguments(product)
-        at = emitter.at(node, provenance(node).site)  # type: ignore[union-attr]
-        args = (lanes, x_bits, rows, scale, zero_point, weight, alpha, mode, code, size, stride, padding)
+        product = Call(Call(dequantize.acc).source)
+        at = emitter.at(node, site_of(node))
+        quantized = (product.lanes, product.x_bits, product.rows, dequantize.scale, dequantize.zero_point)
+        weight = (through.weight, through.weight_scale, through.mode)
+        args = (*quantized, *weight, product.code, product.output_size, product.stride, product.padding)
         node.replace_all_uses_with(at.call("grad_weight", fqt.grad_weight.default, *args))
-        fused += 1
     graph.eliminate_dead_code()
-    return fused
 
 
-def narrow_products(graph: fx.Graph) -> None:
+@graph_pass(requires=("fused activations", "fused gradients"), ensures="narrow products")
+def narrow(state: State) -> None:
     """int16 for outputs that only integer-reading operations see."""
-    live = live_nodes(graph)
+    live = live_nodes(state.graph)
     readers = (
         *(fqt.fused_activation.default, fqt.fused_gradient.default, fqt.max_pool_gradient.default),
         *(fqt.channel_moments.default, fqt.gradient_moments.default),
     )
-    for node in graph.nodes:
+    for node in state.graph.nodes:
         if not is_call(node, fqt.output_product.default) or largest_output(node) > INT16_LIMIT:
             continue
         users = [u for u in node.users if u in live]
         if users and all(u.target in readers for u in users):
-            node.args = (*node.args[:7], True)
+            Call(node).replace(narrow=True)
             node.meta["val"] = value(node).to(torch.int16)

@@ -14,15 +14,17 @@ computes it.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
 from ..kernels.program import FULL, SECOND, VALUES
-from .graph import Emitter, arguments, aten, is_backward, is_call, provenance, value
-from .local import live_nodes
-from .region import Region, are_readable, is_supported
+from .call import Call, takes
+from .graph import Emitter, aten, is_backward, is_call, site_of, value
+from .local import is_pointwise, live_nodes
+from .refusal import Refusal, name_of
+from .region import Region, are_readable, is_supported, unreadable
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 READERS = frozenset(
@@ -36,47 +38,46 @@ READERS = frozenset(
         fqt.max_pool_gradient.default,
     }
 )
-PROGRAM_AT: dict[Any, int] = {
-    fqt.fused_gradient.default: 0,
-    fqt.gradient_moments.default: 0,
-    fqt.max_pool_gradient.default: 1,
-}
-"""Position of the operands of an operation's program; its text follows."""
-COMPACT_AT: dict[Any, int] = {fqt.quantize_rows.default: 7, fqt.quantize_channels.default: 8}
-"""Position of the argument ``compact``; ``extremes`` follows."""
 MAX_FULL_OPERANDS, MAX_STATEMENTS = 6, 48
 
 
-def fuse_gradients(graph: fx.Graph, every_row_is_kept: bool) -> list[tuple[str, fx.Node]]:
-    """Fuse what can be fused; returns layer and call of each program, those without a statement included.
-
-    every_row_is_kept: nothing is pruned, so that ranges of all rows are those of the kept ones.
-    """
+@graph_pass(requires=("exact statistics",), ensures="fused gradients", check=no_float_left)
+def fuse_gradients(state: State) -> None:
+    """Fuse what can be fused; programs without a statement are counted among the regions, too."""
+    graph = state.graph
     emitter = Emitter(graph, "fuse_gradients")
     for x in list(graph.nodes):
         readers = [user for user in x.users if user.target in READERS or is_convolution_gradient(user, x)]
-        if not readers or x.op != "call_function" or not is_supported(x, x):
+        if not readers or not (is_pointwise(x) or is_supported(x, x)):
             continue
         live = live_nodes(graph)
-        inside = _readers_that_compute(x, live)
-        regions = {user: _GradientRegion(graph, x, live, first) for user, first in inside.items()}
-        if regions and all(region.statements and region.reads_one_tensor() for region in regions.values()):
-            for user, made in regions.items():
-                _compute_inside(emitter, user, made)
+        if _is_computed_in_readers(emitter, x, live):
             continue
-        region = _GradientRegion(graph, x, live)
-        if region.statements and (region.is_beside_packed() or any(user.target in READERS for user in readers)):
-            measured = [user for user in readers if _takes_extremes(user, every_row_is_kept)]
+        region = _match_gradient(graph, x, live)
+        if isinstance(region, Refusal):
+            state.refuse("fuse_gradients", readers[0], region)
+        elif region.is_beside_packed() or any(user.target in READERS for user in readers):
+            # Of all rows where nothing is pruned, else of the kept ones alone: the ranges that quantizers need.
+            measures = (u for u in readers if takes(u, "extremes"))
+            measured = [user for user in measures if not state.config.prunes or Call(user).compact]
             if measured or not is_call(x, fqt.dequantize_grad_input.default):
-                _replace(emitter, x, region, _site(readers[0]), measured)
+                _replace(emitter, x, region, site_of(readers[0]), measured)
     graph.eliminate_dead_code()
-    return [(_site(node), node) for node in graph.nodes if node.target in PROGRAM_AT]
+    state.regions += [n for n in graph.nodes if takes(n, "operands", "text") and is_backward(n)]
 
 
-def _site(node: fx.Node) -> str:
-    """The layer that a node was made for."""
-    made = provenance(node)
-    return made.site if made else "step"
+def _is_computed_in_readers(emitter: Emitter, x: fx.Node, live: set[fx.Node]) -> bool:
+    """Let all readers of ``x`` compute it, if they can and if each reads one tensor for it; False if not."""
+    regions: dict[fx.Node, _GradientRegion] = {}
+    for user, first in _readers_that_compute(x, live).items():
+        region = _match_gradient(emitter.graph, x, live, first)
+        if isinstance(region, Refusal) or not region.reads_one_tensor():
+            return False
+        regions[user] = region
+    for user, region in regions.items():
+        operands = region.arguments(emitter.at(user, site_of(user)))
+        Call(user).replace(operands=operands, text=str(region.program))
+    return bool(regions)
 
 
 def _readers_that_compute(x: fx.Node, live: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
@@ -91,44 +92,50 @@ def _readers_that_compute(x: fx.Node, live: set[fx.Node]) -> dict[fx.Node, fx.No
 
 def _place_for_program(user: fx.Node, x: fx.Node) -> list[fx.Node | None]:
     """``[first operand]`` of the program that can compute ``x`` inside of ``user``; empty if none can."""
+    call = Call(user)
     if is_call(user, fqt.gradient_moments.default):
-        operands, text = arguments(user)[:2]
-        return [operands[0]] if text == SECOND and operands[0] is not x else []
+        y = call.operands[0]
+        return [y] if call.text == SECOND and y is not x else []
     if is_call(user, fqt.max_pool_gradient.default):
-        g, _, text, kernel, stride, _ = arguments(user)
-        overlap = any(k > s for k, s in zip(kernel, stride, strict=True))  # would compute a value once for each
-        return [] if overlap or text != VALUES or g is x else [None]
+        overlap = any(k > s for k, s in zip(call.kernel, call.stride, strict=True))  # would compute a value for each
+        return [] if overlap or call.text != VALUES or call.g is x else [None]
     return []
 
 
-def _compute_inside(emitter: Emitter, user: fx.Node, region: _GradientRegion) -> None:
-    """Let ``user`` compute the values that it reads."""
-    at, position = emitter.at(user, _site(user)), PROGRAM_AT[user.target]
-    args = list(user.args)
-    args[position : position + 2] = [region.arguments(at), str(region.program)]
-    user.args = tuple(args)
+def _match_gradient(
+    graph: fx.Graph, x: fx.Node, live: set[fx.Node], first: fx.Node | None = None
+) -> _GradientRegion | Refusal:
+    """What leads to ``x``; ``first``, if given, is the program's first operand whether it is read or not."""
+    if not is_supported(x, x):
+        return Refusal(f"its gradient is made by {name_of(x)}, which no program says")
+
+    def is_in_memory(node: fx.Node, absorbed: list[fx.Node]) -> bool:
+        # Readers in the forward do not count: for the backward the value would have to be saved.
+        readers = [user for user in node.users if user in live and is_backward(user)]
+        return node is not x and any(not is_supported(user, user) for user in readers)
+
+    region = _GradientRegion(graph)
+    absorbed, sources = region.absorb(x, is_in_memory)
+    if len(sources) > MAX_FULL_OPERANDS:
+        return Refusal(f"its gradient is computed from {len(sources)} tensors, at most {MAX_FULL_OPERANDS} are read")
+    if len(absorbed) > MAX_STATEMENTS:
+        return Refusal(f"its gradient takes {len(absorbed)} operators, a program has at most {MAX_STATEMENTS}")
+    if not are_readable(sources, bits=True):
+        return unreadable(sources)
+    region.first, region.sources = first, sources
+    region.emit(absorbed, sources if first is None else [first, *(s for s in sources if s is not first)])
+    if not region.says(x) or all(kind != FULL for _, kind in region.operands):
+        return Refusal("at most a scale and a shift lead to its gradient")
+    return region
 
 
 class _GradientRegion(Region):
-    """What leads to ``x``; ``first``, if given, is the first operand whether it is read or not."""
+    """The pointwise operators that lead to a gradient."""
 
-    def __init__(self, graph: fx.Graph, x: fx.Node, live: set[fx.Node], first: fx.Node | None = None) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
         super().__init__(graph)
-        self.first = first
-
-        def is_in_memory(node: fx.Node, absorbed: list[fx.Node]) -> bool:
-            # Readers in the forward do not count: for the backward the value would have to be saved.
-            readers = [user for user in node.users if user in live and is_backward(user)]
-            return node is not x and any(not is_supported(user, user) for user in readers)
-
-        absorbed, sources = self.absorb(x, is_in_memory)
-        self.sources = sources
-        if len(sources) > MAX_FULL_OPERANDS or len(absorbed) > MAX_STATEMENTS or not are_readable(sources, bits=True):
-            return
-        self.emit(absorbed, sources if first is None else [first, *(s for s in sources if s is not first)])
-        is_said = bool(self.statements) and self.argument(x) == self.statements[-1].name
-        if not is_said or all(kind != FULL for _, kind in self.operands):
-            self.statements.clear()  # not all of x can be said: nothing is fused
+        self.first: fx.Node | None = None
+        self.sources: list[fx.Node] = []
 
     def reads_one_tensor(self) -> bool:
         """Besides ``first`` and bits, as many bytes as the result or fewer: computing it twice beats writing it."""
@@ -137,14 +144,14 @@ class _GradientRegion(Region):
 
     def is_beside_packed(self) -> bool:
         """Does a packed operation make or read a tensor of the region? Then it is in NHWC memory already."""
-        makers = [arguments(s)[0] if is_call(s, operator.getitem) else s for s in self.sources]
+        makers = [Call(s).source if is_call(s, operator.getitem) else s for s in self.sources]
         made = any(getattr(maker.target, "namespace", None) == "fqt" for maker in makers)
         return made or any(user.target in READERS for source in self.sources for user in source.users)
 
 
 def is_convolution_gradient(user: fx.Node, x: fx.Node) -> bool:
     """Does ``user`` differentiate a float convolution whose gradient is ``x``?"""
-    return is_call(user, aten.convolution_backward.default) and arguments(user)[0] is x
+    return is_call(user, aten.convolution_backward.default) and Call(user).grad_output is x
 
 
 def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, measured: list[fx.Node]) -> None:
@@ -152,30 +159,17 @@ def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, measured: 
     users = [user for user in x.users if is_backward(user)]
     order = {node: i for i, node in enumerate(emitter.graph.nodes)}
     at = emitter.at(x.next if is_backward(x) else min(users, key=order.__getitem__), site)
-    scales = {arguments(user)[1] for user in measured if is_call(user, fqt.quantize_rows.default)}
+    scales = {Call(user).weight_scale for user in measured if is_call(user, fqt.quantize_rows.default)}
     if len(scales) > 1:
-        measured = []
+        measured, scales = [], set()
     scale = next(iter(scales), None)
     args = (region.arguments(at), str(region.program), bool(measured), scale)
     values, rows, channels = at.call("fused", fqt.fused_gradient.default, *args)
     for user in measured:
-        _give_extremes(user, rows if is_call(user, fqt.quantize_rows.default) else channels)
+        Call(user).replace(extremes=rows if is_call(user, fqt.quantize_rows.default) else channels)
     new = at.cast("fused", values, value(x).dtype)
     x.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
-    fused: fx.Node = arguments(values)[0]
+    fused: fx.Node = Call(values).source
     for node in (fused, *fused.users):
         # Some depend on no tangent (a pool's input): the partitioner would compute and save them in the forward.
         node.meta["partitioner_tag"] = "must_be_in_backward"
-
-
-def _takes_extremes(user: fx.Node, every_row_is_kept: bool) -> bool:
-    position = COMPACT_AT.get(user.target)
-    if position is None:
-        return False
-    compact = len(user.args) > position and bool(user.args[position])
-    return compact or every_row_is_kept
-
-
-def _give_extremes(user: fx.Node, extremes: fx.Node) -> None:
-    position = COMPACT_AT[user.target]
-    user.args = (*(*user.args, False)[: position + 1], extremes)

@@ -1,6 +1,6 @@
 """The backward's masks and max-pools in the forms that later passes and kernels know.
 
-    where(x <= 0, 0, g), x with a history          where(unpack_bool(bits), 0, g); the bits are saved, 1/8 of a bool
+    where(x <= 0, 0, g), x not computed again       where(unpack_bool(bits), 0, g); the bits are saved, 1/8 of a bool
     where(x <= 0, 0, g) with g zero there           g: the straight-through mask of a packed layer lets 0 < x pass only
     scatter of g to the saved places of a max-pool  max_pool_gradient(g, x), which finds the places again
 
@@ -20,60 +20,81 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ..kernels.program import VALUES
+from .call import Call
 from .graph import (
     VIEWS,
     Emitter,
     Insertion,
-    arguments,
     aten,
+    first,
     is_backward,
     is_call,
     is_tensor,
     operator_of,
     prims,
-    provenance,
+    site_of,
     strip,
     value,
 )
-from .local import has_rows, is_zero, row_operands
+from .local import has_rows, is_not_positive, is_zero, row_operands, row_sources
+from .refusal import Refusal
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 
 
-def rewrite_gradients(graph: fx.Graph, on_kept_rows: bool) -> None:
-    """Rewrite the masks and max-pools of the backward. on_kept_rows: it will be computed on the kept rows only."""
-    rewriter = _Rewriter(graph, on_kept_rows)
-    for node in list(graph.nodes):
-        if node.op == "call_function" and is_backward(node):
-            rewriter.visit(node)
-    graph.eliminate_dead_code()
+@graph_pass(requires=("shared operands",), ensures="known gradients", check=no_float_left)
+def gradients(state: State) -> None:
+    """Rewrite the masks and max-pools of the backward."""
+    if not state.packed:
+        return
+    rewriter = _Rewriter(state.graph, on_kept_rows=state.kept_rows is not None)
+    for node in list(state.graph.nodes):
+        if node.op != "call_function" or not is_backward(node):
+            continue
+        if _is_scattered(node):
+            pooled = rewriter.match_max_pool(node)
+            if isinstance(pooled, Refusal):
+                state.refuse("gradients", node, pooled)
+            else:
+                rewriter.rewrite_max_pool(node, pooled)
+        elif is_call(node, aten.where.self):
+            rewriter.visit_mask(node)
+    state.graph.eliminate_dead_code()
 
 
 class _Rewriter:
+    """``on_kept_rows``: the backward will be computed on the kept rows only."""
+
     def __init__(self, graph: fx.Graph, on_kept_rows: bool) -> None:
         self.graph, self.on_kept_rows = graph, on_kept_rows
         self.emitter = Emitter(graph, "gradients")
         self.masks: dict[fx.Node, fx.Node] = {}
 
     def at(self, node: fx.Node) -> Insertion:
-        made = provenance(node)
-        return self.emitter.at(node, made.site if made else "step")
+        return self.emitter.at(node, site_of(node))
 
-    def visit(self, node: fx.Node) -> None:
+    def match_max_pool(self, node: fx.Node) -> MaxPoolBackward | Refusal:
         pooled = _max_pool_backward(node)
-        if pooled is not None and (self.on_kept_rows or self._is_at_hand(pooled.x)):
-            args = (pooled.gradient, [pooled.x], VALUES, *pooled.window)
-            new = self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args)
-            for replaced in (*filter(_is_copied_to_nhwc, node.users), node):
-                replaced.replace_all_uses_with(new)
-        elif _is_masked_already(node):
-            node.replace_all_uses_with(arguments(node)[2])  # before its mask is saved for nothing
-        elif is_call(node, aten.where.self) and self._is_worth_saving(arguments(node)[0], node):
-            mask = arguments(node)[0]
+        if isinstance(pooled, Refusal) or self.on_kept_rows or self._is_at_hand(pooled.x):
+            return pooled
+        return Refusal("the max-pool's places stay saved: its input would have to be, to find them again")
+
+    def rewrite_max_pool(self, node: fx.Node, pooled: MaxPoolBackward) -> None:
+        args = (pooled.gradient, [pooled.x], VALUES, *pooled.window)
+        new = self.at(node).call("max_pool", fqt.max_pool_gradient.default, *args)
+        for replaced in (*filter(_is_copied_to_nhwc, node.users), node):
+            replaced.replace_all_uses_with(new)
+
+    def visit_mask(self, node: fx.Node) -> None:
+        if _is_masked_already(node):
+            node.replace_all_uses_with(Call(node).other)  # before its mask is saved for nothing
+        elif self._is_worth_saving(Call(node).condition, node):
+            mask = Call(node).condition
             if mask not in self.masks:
                 bits, at = self._save_bits(mask), self.at(node)
                 self.masks[mask] = at.call("mask", fqt.unpack_bool.default, bits, value(mask).shape[1])
-            node.update_arg(0, self.masks[mask])
+            Call(node).replace(condition=self.masks[mask])
 
     def _is_worth_saving(self, mask: fx.Node, node: fx.Node) -> bool:
         if not has_rows(mask, node) or value(mask).dim() < 2 or isinstance(value(mask).shape[1], torch.SymInt):
@@ -111,23 +132,6 @@ class _Rewriter:
         return bits
 
 
-def row_sources(node: fx.Node) -> set[fx.Node]:
-    """Row values from which local operators compute ``node``."""
-    sources: set[fx.Node] = set()
-    pending, seen = [node], set()
-    while pending:
-        item = pending.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        operands = row_operands(item)
-        if operands is None:
-            sources.add(item)
-        else:
-            pending.extend(operands)
-    return sources
-
-
 def _operands_of_copy(mask: fx.Node) -> list[fx.Node]:
     """What the backward-tagged local operators of ``mask`` read that is not copied with them (`_copy_down`)."""
     if not is_backward(mask):
@@ -149,12 +153,10 @@ def _copy_down(emitter: Emitter, at: Insertion, node: fx.Node) -> fx.Node:
 
 def _is_masked_already(node: fx.Node) -> bool:
     """``where(x <= 0, 0, g)`` of a g that is zero there."""
-    if not is_call(node, aten.where.self):
+    masked = Call(node)
+    if not is_not_positive(masked.condition) or not is_zero(masked.self):
         return False
-    is_zeroed, zero, g = arguments(node)
-    if not is_call(is_zeroed, aten.le.Scalar) or arguments(is_zeroed)[1] != 0 or not is_zero(zero):
-        return False
-    return strip(arguments(is_zeroed)[0], {aten.alias.default}) is _positive_input(g)
+    return strip(Call(masked.condition).self, {aten.alias.default}) is _positive_input(masked.other)
 
 
 def _positive_input(g: fx.Node) -> fx.Node | None:
@@ -163,14 +165,12 @@ def _positive_input(g: fx.Node) -> fx.Node | None:
     The mask of the code ``threshold`` (reference.activation_mask) is inside x > 0, and a max-pool's gradient goes to
     maxima.
     """
-    if is_call(g, fqt.dequantize_grad_input.default) and is_call(arguments(g)[5], operator.getitem):
-        x, threshold, *_ = arguments(arguments(arguments(g)[5])[0])
-        return x if threshold is not None else None
+    if is_call(g, fqt.dequantize_grad_input.default) and is_call(Call(g).mask, operator.getitem):
+        packing = Call(Call(Call(g).mask).source)
+        return packing.x if packing.threshold is not None else None
     if is_call(g, fqt.max_pool_gradient.default):
-        pooled, x = _positive_input(arguments(g)[0]), arguments(g)[1][0]
-        is_its_pool = (
-            pooled is not None and pooled.target is operator.getitem and arguments(arguments(pooled)[0])[0] is x
-        )
+        pooled, x = _positive_input(Call(g).g), Call(g).operands[0]
+        is_its_pool = is_call(pooled, operator.getitem) and first(Call(pooled).source) is x
         return x if is_its_pool else None
     return None
 
@@ -189,21 +189,27 @@ class MaxPoolBackward:
     window: tuple[list[int], list[int], list[int]]
 
 
-def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | None:
+def _is_scattered(node: fx.Node) -> bool:
+    """Is ``node`` an image made by ``scatter_add`` to the places that a 2-D max-pool saved?"""
+    if node.target not in VIEWS or value(node).dim() != 4:
+        return False
+    scatter = strip(first(node), VIEWS)
+    if not is_call(scatter, aten.scatter_add.default):
+        return False
+    return is_call(strip(Call(scatter).index, VIEWS), prims._low_memory_max_pool_offsets_to_indices.default)
+
+
+def _max_pool_backward(node: fx.Node) -> MaxPoolBackward | Refusal:
     """``view(scatter_add(0, 1, view(positions), view(g)))``, without dilation and ceil_mode; g may be a copy."""
-    scatter = strip(arguments(node)[0], VIEWS) if node.target in VIEWS and value(node).dim() == 4 else None
-    if scatter is None or not is_call(scatter, aten.scatter_add.default):
-        return None
-    _, _, index, source = arguments(scatter)
-    to_indices = strip(index, VIEWS)
-    if not is_call(to_indices, prims._low_memory_max_pool_offsets_to_indices.default):
-        return None
-    gradient = source
+    scatter = Call(strip(first(node), VIEWS))
+    gradient = scatter.src
     while gradient.target in VIEWS and value(gradient).dim() != 4:
-        gradient = arguments(gradient)[0]
+        gradient = first(gradient)
     gradient = strip(gradient, {aten.clone.default})
-    pool = arguments(strip(arguments(to_indices)[0], VIEWS))[0]
-    x, kernel, stride, padding, dilation, ceil_mode = arguments(pool)
-    if ceil_mode or any(d != 1 for d in dilation) or not is_tensor(gradient) or value(gradient).dim() != 4:
-        return None
-    return MaxPoolBackward(gradient, x, (list(kernel), list(stride), list(padding)))
+    positions = Call(strip(scatter.index, VIEWS))
+    pool = Call(Call(strip(positions.self, VIEWS)).source)
+    if pool.ceil_mode or any(d != 1 for d in pool.dilation):
+        return Refusal("the gradient of a max-pool with dilation or ceil_mode stays a scatter")
+    if not is_tensor(gradient) or value(gradient).dim() != 4:
+        return Refusal("the gradient of a max-pool is not an image")
+    return MaxPoolBackward(gradient, pool.self, (list(pool.kernel_size), list(pool.stride), list(pool.padding)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -13,6 +13,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._prims_common import is_contiguous_or_false
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .call import Call
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -41,6 +43,12 @@ def provenance(node: fx.Node) -> Provenance | None:
     return node.meta.get("fqt")
 
 
+def site_of(node: fx.Node) -> str:
+    """The site that a node was made for; ``step`` for the model's own nodes and for what belongs to no site."""
+    made = provenance(node)
+    return made.site if made else "step"
+
+
 def mark(node: fx.Node, role: str) -> None:
     """Give a node made by a pass the role by which it is looked up (``output``, ``grad_input``, ...)."""
     node.meta["fqt"] = dataclasses.replace(node.meta["fqt"], role=role)
@@ -66,14 +74,14 @@ def tag_backward(graph: fx.Graph) -> None:
             node.meta.pop("seq_nr", None)
 
 
-def is_call(node: object, target: object) -> bool:
+def is_call(node: object, target: object) -> TypeGuard[fx.Node]:
     """True if ``node`` calls exactly this operator overload."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
-def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Positional arguments, typed for what they are in an ATen graph."""
-    return node.args
+def first(node: fx.Node) -> Any:
+    """The first operand, whatever it is called: of operators that have in common what matters of it."""
+    return node.args[0]
 
 
 def operator_of(node: fx.Node) -> Callable[..., Any]:
@@ -93,9 +101,9 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def strip(node: fx.Node, targets: Iterable[object]) -> fx.Node:
-    """Follow first arguments upwards while the node calls one of ``targets``."""
-    while node.op == "call_function" and node.target in targets and isinstance(arguments(node)[0], fx.Node):
-        node = arguments(node)[0]
+    """Follow first operands upwards while the node calls one of ``targets``."""
+    while node.op == "call_function" and node.target in targets and isinstance(first(node), fx.Node):
+        node = first(node)
     return node
 
 
@@ -151,6 +159,11 @@ class Insertion:
             return node
         return tuple(self._item(node, i, part, role, following) for i, part in enumerate(result))
 
+    def repeat(self, role: str, node: fx.Node, **changes: Any) -> Any:
+        """Add the call that ``node`` is, with some operands changed (by name)."""
+        args, kwargs = Call(node).changed(**changes)
+        return self.call(role, operator_of(node), *args, **kwargs)
+
     def _behind_operands(self, node: fx.Node) -> fx.Node:
         """Move a node that was put before the anchor behind operands defined later; the node that it is before then."""
         latest = max(node.all_input_nodes, key=lambda n: n._sort_key, default=None)
@@ -186,7 +199,7 @@ class Insertion:
                 self._behind_operands(known[node])
                 self._describe(known[node], node.meta["val"], role)
         (output,) = (n for n in traced.graph.nodes if n.op == "output")
-        results = [known[r] if isinstance(r, fx.Node) else r for r in arguments(output)[0]]
+        results = [known[r] if isinstance(r, fx.Node) else r for r in first(output)]
         return tree_unflatten(results, result_spec[0])
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
@@ -232,7 +245,7 @@ def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> Non
             user.replace_all_uses_with(new)
         elif _is_moved_and_cast(user, value(new).dtype):
             there = Insertion(insertion.emitter, user, insertion.site)
-            replace(user, there.call(role, operator_of(user), new, *arguments(user)[1:]), there, role)
+            replace(user, there.call(role, operator_of(user), new, *user.args[1:]), there, role)
     if any(user.users or user.op == "output" for user in node.users):
         node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
 

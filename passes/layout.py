@@ -11,13 +11,14 @@ import torch
 from torch import fx
 
 from .graph import fake_mode_of, value
+from .state import State, graph_pass
 
 
-def ask_for_nhwc(graph: fx.Graph) -> int:
-    """Give image-shaped operands of ``fqt`` operations NHWC strides; returns how many were changed."""
-    fake_mode = fake_mode_of(graph)
-    changed = 0
-    for node in graph.nodes:
+@graph_pass(requires=("shared operands",), ensures="NHWC operands")
+def layout(state: State) -> None:
+    """Give image-shaped operands of ``fqt`` operations NHWC strides."""
+    fake_mode = fake_mode_of(state.graph)
+    for node in state.graph.nodes:
         if node.op != "call_function" or getattr(node.target, "namespace", None) != "fqt":
             continue
         for operand in node.all_input_nodes:
@@ -27,8 +28,6 @@ def ask_for_nhwc(graph: fx.Graph) -> int:
             with fake_mode:
                 fake = value(operand)
                 operand.meta["val"] = fake.movedim(1, -1).contiguous().movedim(-1, 1)
-            changed += 1
-    return changed
 
 
 def _is_image(node: fx.Node) -> bool:

@@ -12,10 +12,11 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph import CASTS, arguments, aten, is_tensor, value
+from .call import Call
+from .graph import CASTS, aten, first, is_call, is_tensor, value
 
 SIZED = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default})
-"""Second argument is the size of the result, whose first entry counts rows."""
+"""Second operand is the size of the result, whose first entry counts rows."""
 ONE_OPERAND = frozenset(
     {
         aten.alias.default,
@@ -36,7 +37,7 @@ REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, 
 ONE_AXIS = frozenset(
     {aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten._softmax.default}
 )
-"""Local unless their second argument is axis 0."""
+"""Local unless their ``dim`` is axis 0."""
 PASS_ZEROS = (
     SIZED
     | ONE_OPERAND
@@ -99,12 +100,29 @@ def row_operands(node: fx.Node) -> list[fx.Node] | None:
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
         return operands if all(same(value(n).shape[0], value(node).shape[0]) for n in operands) else None
     if node.target in (aten.cat.default, aten.stack.default):
-        parts, axis = ([*arguments(node), 0])[:2]
-        return list(parts) if axis % value(node).dim() else None
-    source = arguments(node)[0] if node.args else None
+        call = Call(node)
+        return list(call.tensors) if call.dim % value(node).dim() else None
+    source = first(node) if node.args else None
     if not isinstance(source, fx.Node) or not is_tensor(source) or value(source).dim() == 0:
         return None
     return [source] if _keeps_first_axis(node, source) else None
+
+
+def row_sources(node: fx.Node) -> set[fx.Node]:
+    """Row values from which local operators compute ``node``."""
+    sources: set[fx.Node] = set()
+    pending, seen = [node], set()
+    while pending:
+        item = pending.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        operands = row_operands(item)
+        if operands is None:
+            sources.add(item)
+        else:
+            pending.extend(operands)
+    return sources
 
 
 def _keeps_first_axis(node: fx.Node, source: fx.Node) -> bool:
@@ -116,19 +134,19 @@ def _keeps_first_axis(node: fx.Node, source: fx.Node) -> bool:
     if node.target in SIZED:
         return same(x.numel(), value(node).numel())
     if node.target is aten.permute.default:
-        return bool(arguments(node)[1][0] % rank == 0)
+        return bool(Call(node).dims[0] % rank == 0)
     if node.target in REDUCTIONS or node.target is aten.squeeze.dims:
-        axes = arguments(node)[1]
+        axes = Call(node).dim
         return bool(axes) and all(axis % rank for axis in axes)
     if node.target is aten.unsqueeze.default:
-        return bool(arguments(node)[1] % (rank + 1))
+        return bool(Call(node).dim % (rank + 1))
     if node.target in ONE_AXIS:
-        return len(arguments(node)) > 1 and bool(arguments(node)[1] % rank)
+        return bool(Call(node).dim % rank)
     return node.target in (aten.mm.default, aten.constant_pad_nd.default) and _no_row_padding(node, rank)
 
 
 def _no_row_padding(node: fx.Node, rank: int) -> bool:
-    return node.target is not aten.constant_pad_nd.default or len(arguments(node)[1]) < 2 * rank
+    return node.target is not aten.constant_pad_nd.default or len(Call(node).pad) < 2 * rank
 
 
 def is_zero(item: Any) -> bool:
@@ -138,24 +156,28 @@ def is_zero(item: Any) -> bool:
     if not isinstance(item, fx.Node) or item.op != "call_function":
         return False
     if item.target is aten.scalar_tensor.default:
-        return bool(arguments(item)[0] == 0)
+        return bool(Call(item).s == 0)
     if item.target in (aten.full.default, aten.full_like.default):
-        return bool(arguments(item)[1] == 0)
+        return bool(Call(item).fill_value == 0)
     return item.target in (aten.zeros.default, aten.zeros_like.default)
+
+
+def is_not_positive(node: object) -> bool:
+    """``x <= 0``."""
+    return is_call(node, aten.le.Scalar) and Call(node).other == 0
 
 
 def keeps_zero(node: fx.Node, zero: set[fx.Node]) -> bool:
     """Is row n of ``node`` zero where row n of every operand in ``zero`` is? (A factor NaN or infinity aside.)"""
-    args = arguments(node)
-    known = [isinstance(a, fx.Node) and a in zero for a in args]
+    call = Call(node)
     if node.target is aten.mul.Tensor:
-        return any(known[:2])
+        return call.self in zero or call.other in zero
     if node.target in (aten.add.Tensor, aten.sub.Tensor):
-        return all(known[:2])
+        return call.self in zero and call.other in zero
     if node.target is aten.where.self:
-        return all(k or is_zero(a) for k, a in zip(known[1:3], args[1:3], strict=True))
+        return all(operand in zero or is_zero(operand) for operand in (call.self, call.other))
     if node.target in PASS_ZEROS or node.target in (aten.div.Tensor, aten.mm.default):
-        return known[0]
+        return first(node) in zero
     return False
 
 

@@ -19,9 +19,12 @@ import torch
 from torch import fx
 
 from ..kernels.program import SECOND
-from .graph import VIEWS, Emitter, arguments, aten, is_backward, is_call, prims, provenance, strip, value
+from .call import Call
+from .graph import VIEWS, Emitter, aten, is_backward, is_call, prims, provenance, site_of, strip, value
 from .local import is_channel_vector, is_pointwise
+from .refusal import Refusal, name_of
 from .region import PASSED_ON
+from .state import State, graph_pass
 
 fqt = torch.ops.fqt
 POOLED = frozenset({prims._low_memory_max_pool_with_offsets.default, aten.avg_pool2d.default, operator.getitem})
@@ -36,88 +39,113 @@ class Dequantized:
     bias: fx.Node | None
 
 
-def exact_moments(graph: fx.Graph) -> int:
-    """Replace the batch statistics of packed outputs; returns how many."""
+PACKED_NOWHERE = Refusal("normalizes a float convolution whose output is packed nowhere")
+Match = Callable[[fx.Node], Dequantized | Refusal]
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientMoments:
+    """``moment = sum(g (y - center))`` and other sums of g, of a y whose integers stand before all their readers."""
+
+    moment: fx.Node
+    totals: list[fx.Node]
+    g: fx.Node
+    y: Dequantized
+    center: fx.Node
+    latest: fx.Node
+    """The last operand."""
+
+
+@graph_pass(requires=("kept rows",), ensures="exact statistics")
+def moments(state: State) -> None:
+    """Batch statistics and the sums of BatchNorm's backward: of packed outputs, then of float convolutions."""
+    _exact_moments(state.graph)
+    _gradient_moments(state.graph, match_dequantized)
+    refused = [*_float_moments(state.graph), *_gradient_moments(state.graph, match_convolution)]
+    for node, refusal in refused if state.packed else ():
+        state.refuse("moments", node, refusal)
+
+
+def _exact_moments(graph: fx.Graph) -> None:
+    """Replace the batch statistics of packed outputs."""
     emitter = Emitter(graph, "moments")
-    replaced = 0
-    for node in list(graph.nodes):
-        if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
+    for node in _batch_statistics(graph):
+        output = match_dequantized(Call(node).self)
+        if isinstance(output, Refusal):
             continue
-        output = match_dequantized(arguments(node)[0])
-        if output is None:
-            continue
-        made = provenance(output.acc)
-        at = emitter.at(node, made.site if made else "step")
+        at = emitter.at(node, site_of(output.acc))
         args = (output.acc, output.alpha, output.bias, largest_output(output.acc))
-        moments = at.call("statistics", fqt.channel_moments.default, *args)
-        for item in list(node.users):
-            item.replace_all_uses_with(moments[arguments(item)[1]])
-        replaced += 1
+        _replace_items(node, at.call("statistics", fqt.channel_moments.default, *args))
     graph.eliminate_dead_code()
-    return replaced
 
 
-def exact_gradient_moments(graph: fx.Graph) -> int:
-    """The two sums of BatchNorm's backward, ``sum g`` and ``sum g (y - center)`` of a packed output y, in one pass.
-
-    Returns how many pairs were replaced.
-    """
-    replaced = sum(_replace_pair(graph, node, match_dequantized) for node in list(graph.nodes))
-    graph.eliminate_dead_code()
-    return replaced
-
-
-def float_moments(graph: fx.Graph) -> int:
+def _float_moments(graph: fx.Graph) -> list[tuple[fx.Node, Refusal]]:
     """The same for float convolutions whose output is packed in the end (a stem, a projection of a skip).
 
-    They are in NHWC memory anyway, and one pass over them replaces Inductor's two. Returns how many.
+    They are in NHWC memory anyway, and one pass over them replaces Inductor's two. Returns what is left, and why.
     """
-    emitter = Emitter(graph, "moments")
-    replaced = 0
+    emitter, refused = Emitter(graph, "moments"), []
+    for node in _batch_statistics(graph):
+        output = match_convolution(Call(node).self)
+        if isinstance(output, Refusal):
+            refused.append((node, output))
+        elif not is_backward(node) and not _leads_to_packing(output.acc):
+            refused.append((node, PACKED_NOWHERE))
+        else:
+            at = emitter.at(node, "step")
+            _replace_items(node, at.call("statistics", fqt.float_moments.default, output.acc))
+    return refused
+
+
+def _replace_items(node: fx.Node, results: tuple[fx.Node, ...]) -> None:
+    for item in list(node.users):
+        item.replace_all_uses_with(results[Call(item).index])
+
+
+def _gradient_moments(graph: fx.Graph, match: Match) -> list[tuple[fx.Node, Refusal]]:
+    """Replace the sums of BatchNorm's backward over a y that ``match`` knows. Returns what is left, and why."""
+    refused = []
     for node in list(graph.nodes):
-        if not is_call(node, aten.var_mean.correction) or not _over_batch(node):
-            continue
-        output = match_convolution(arguments(node)[0])
-        if output is None or not (is_backward(node) or _leads_to_packing(output.acc)):
-            continue
-        moments = emitter.at(node, "step").call("statistics", fqt.float_moments.default, output.acc)
-        for item in list(node.users):
-            item.replace_all_uses_with(moments[arguments(item)[1]])
-        replaced += 1
-    for node in list(graph.nodes):
-        _replace_pair(graph, node, match_convolution)
+        found = [_match_gradient_moments(graph, node, g, match(y), center) for g, y, center in _sum_of_products(node)]
+        matched = next((m for m in found if isinstance(m, GradientMoments)), None)
+        if matched is not None:
+            _replace_sums(graph, matched)
+        else:
+            refused += [(node, m) for m in found if isinstance(m, Refusal)]
     graph.eliminate_dead_code()
-    return replaced
+    return refused
 
 
-def _replace_pair(graph: fx.Graph, node: fx.Node, match: Callable[[fx.Node], Dequantized | None]) -> bool:
-    """Replace ``sum(g (y - center))`` and the sums of g beside it, if ``match`` knows y."""
-    matched = _match_gradient_moment(node, match)
-    if matched is None:
-        return False
-    g, output, center = matched
-    if output.alpha is None and not _is_float_moment(center):
-        return False
+def _match_gradient_moments(
+    graph: fx.Graph, node: fx.Node, g: fx.Node, y: Dequantized | Refusal, center: fx.Node
+) -> GradientMoments | Refusal:
+    if isinstance(y, Refusal):
+        return y
+    if y.alpha is None and not _is_float_moment(center):
+        return PACKED_NOWHERE
     order = {n: i for i, n in enumerate(graph.nodes)}
-    others = [u for u in g.users if u is not node and _is_batch_sum(u)]
-    readers = [user for other in others for user in other.users]
-    latest = max((n for n in (g, output.acc, output.alpha, output.bias, center) if n), key=order.__getitem__)
-    channels = value(output.acc).shape[1]
+    totals = [u for u in g.users if u is not node and _is_batch_sum(u)]
+    readers = [user for total in totals for user in total.users]
+    latest = max((n for n in (g, y.acc, y.alpha, y.bias, center) if n), key=order.__getitem__)
     if order[latest] > min(order[n] for n in (node, *readers)):
-        return False  # a sum is read before the integers exist
-    origin = provenance(node) or provenance(output.acc)
-    at = Emitter(graph, "moments").at(node, origin.site if origin else "step")
-    at.anchor = latest.next
+        return Refusal("a sum of its gradient is read before the integers exist")
+    return GradientMoments(node, totals, g, y, center, latest)
+
+
+def _replace_sums(graph: fx.Graph, found: GradientMoments) -> None:
+    y, center = found.y, found.center
+    at = Emitter(graph, "moments").at(found.moment, site_of(found.moment if provenance(found.moment) else y.acc))
+    at.anchor = found.latest.next
+    channels = value(y.acc).shape[1]
     viewed = [] if value(center).dim() == 1 else [at.call("statistics", aten.view.default, center, [channels])]
     center = viewed[0] if viewed else center
-    args = ([output.acc, g], SECOND, output.alpha, output.bias, center)
+    args = ([y.acc, found.g], SECOND, y.alpha, y.bias, center)
     total, moment = at.call("statistics", fqt.gradient_moments.default, *args)
-    for made in (*viewed, arguments(total)[0], total, moment):  # the last operand may be one of the forward
+    for made in (*viewed, Call(total).source, total, moment):  # the last operand may be one of the forward
         made.meta.update(partitioner_tag="is_backward", autograd_backward=True)
-    node.replace_all_uses_with(moment)
-    for other in others:
+    found.moment.replace_all_uses_with(moment)
+    for other in found.totals:
         other.replace_all_uses_with(total)
-    return True
 
 
 def _leads_to_packing(node: fx.Node) -> bool:
@@ -136,65 +164,74 @@ def _leads_to_packing(node: fx.Node) -> bool:
 
 def _is_float_moment(center: fx.Node) -> bool:
     squeezed = strip(center, VIEWS | {aten.unsqueeze.default, aten.squeeze.dims, aten.squeeze.dim})
-    return is_call(squeezed, operator.getitem) and is_call(arguments(squeezed)[0], fqt.float_moments.default)
+    return is_call(squeezed, operator.getitem) and is_call(Call(squeezed).source, fqt.float_moments.default)
 
 
 def _is_batch_sum(node: fx.Node) -> bool:
-    """A float32 sum over all axes but the channel's, without keepdim."""
-    if not is_call(node, aten.sum.dim_IntList) or not is_backward(node) or len(arguments(node)) > 2:
+    """A float32 sum over all axes but the channel's; not that of a bias, which spells keepdim out (`backward`)."""
+    if not is_call(node, aten.sum.dim_IntList) or not is_backward(node) or len(node.args) > 2:
         return False
-    source = value(arguments(node)[0])
-    axes = sorted(axis % source.dim() for axis in arguments(node)[1])
+    source = value(Call(node).self)
+    axes = sorted(axis % source.dim() for axis in Call(node).dim)
     return bool(source.dtype == torch.float32 and axes == [0, *range(2, source.dim())])
 
 
-def _match_gradient_moment(
-    node: fx.Node, match: Callable[[fx.Node], Dequantized | None]
-) -> tuple[fx.Node, Dequantized, fx.Node] | None:
-    """``sum(mul(g, sub(y, view(center))))`` of a y that ``match`` knows, as (g, y, center)."""
-    if not _is_batch_sum(node) or not is_call(arguments(node)[0], aten.mul.Tensor):
-        return None
-    for g, centered in (arguments(arguments(node)[0])[:2], arguments(arguments(node)[0])[1::-1]):
+def _sum_of_products(node: fx.Node) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
+    """``(g, y, center)`` of ``sum(mul(g, sub(y, view(center))))``; two of them where both factors look like that."""
+    if not _is_batch_sum(node) or not is_call(Call(node).self, aten.mul.Tensor):
+        return []
+    found = []
+    factors = (Call(Call(node).self).self, Call(Call(node).self).other)
+    for g, centered in (factors, factors[::-1]):
         if not isinstance(g, fx.Node) or not is_call(centered, aten.sub.Tensor) or centered.kwargs:
             continue
-        y, center = arguments(centered)[:2]
-        output = match(y) if isinstance(y, fx.Node) else None
-        if output is not None and is_channel_vector(center, centered):
-            return g, output, strip(center, VIEWS | {aten.unsqueeze.default})
-    return None
+        y, center = Call(centered).self, Call(centered).other
+        if isinstance(y, fx.Node) and is_channel_vector(center, centered):
+            found.append((g, y, strip(center, VIEWS | {aten.unsqueeze.default})))
+    return found
 
 
-def _over_batch(node: fx.Node) -> bool:
-    rank = value(arguments(node)[0]).dim()
-    axes = sorted(axis % rank for axis in arguments(node)[1])
-    plain: bool = node.kwargs.get("correction") in (0, 0.0) and node.kwargs.get("keepdim") is True
-    return plain and bool(axes == [0, *range(2, rank)])
+def _batch_statistics(graph: fx.Graph) -> list[fx.Node]:
+    """Variance and mean over all axes but the channel's, as BatchNorm takes them."""
+    found = []
+    for node in graph.nodes:
+        if not is_call(node, aten.var_mean.correction):
+            continue
+        call = Call(node)
+        rank = value(call.self).dim()
+        axes = sorted(axis % rank for axis in call.dim)
+        if call.correction == 0 and call.keepdim is True and axes == [0, *range(2, rank)]:
+            found.append(node)
+    return found
 
 
-def match_dequantized(node: fx.Node) -> Dequantized | None:
+def match_dequantized(node: fx.Node) -> Dequantized | Refusal:
     """``mul(float(acc), view(alpha))``, or ``add`` of a bias to it."""
+    refusal = Refusal(f"normalizes what {name_of(node)} makes, which is no packed layer's output")
     bias = None
-    if is_call(node, aten.add.Tensor) and not node.kwargs and is_channel_vector(arguments(node)[1], node):
-        node, bias = arguments(node)[0], strip(arguments(node)[1], VIEWS)
-    if not is_call(node, aten.mul.Tensor) or not is_call(arguments(node)[0], prims.convert_element_type.default):
-        return None
-    if not is_channel_vector(arguments(node)[1], node):
-        return None
-    acc = arguments(arguments(node)[0])[0]
+    if is_call(node, aten.add.Tensor) and not node.kwargs and is_channel_vector(Call(node).other, node):
+        node, bias = Call(node).self, strip(Call(node).other, VIEWS)
+    if not is_call(node, aten.mul.Tensor) or not is_call(Call(node).self, prims.convert_element_type.default):
+        return refusal
+    if not is_channel_vector(Call(node).other, node):
+        return refusal
+    acc = Call(Call(node).self).a
     if not is_call(acc, fqt.output_product.default) or (bias is not None and value(bias).dim() != 1):
-        return None
-    return Dequantized(acc, strip(arguments(node)[1], VIEWS), bias)
+        return refusal
+    return Dequantized(acc, strip(Call(node).other, VIEWS), bias)
 
 
-def match_convolution(node: fx.Node) -> Dequantized | None:
+def match_convolution(node: fx.Node) -> Dequantized | Refusal:
     """A float32 convolution, or a bfloat16 one as float32; other casts change values."""
+    maker = name_of(strip(node, {fqt.gather_rows.default}))
+    refusal = Refusal(f"normalizes what {maker} makes: neither a packed layer nor a float convolution")
     if is_call(node, prims.convert_element_type.default) and value(node).dtype == torch.float32:
-        node = arguments(node)[0]
+        node = Call(node).a
     known = is_call(node, aten.convolution.default) and value(node).dtype in (torch.float32, torch.bfloat16)
-    return Dequantized(node, None, None) if known else None
+    return Dequantized(node, None, None) if known else refusal
 
 
 def largest_output(acc: fx.Node) -> int:
     """A bound of |acc|: how many products +-1 or 0 one output adds up."""
-    _, w_bits, in_channels = arguments(acc)[:3]
-    return int(in_channels * math.prod(value(w_bits).shape[1:-2]))
+    product = Call(acc)
+    return int(product.in_channels * math.prod(value(product.w_bits).shape[1:-2]))

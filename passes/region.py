@@ -17,8 +17,10 @@ import torch
 from torch import fx
 
 from ..kernels.program import BITS, CHANNEL, FULL, MAP, ROW, Program, Statement
-from .graph import Insertion, arguments, aten, is_call, is_tensor, prims, value
+from .call import Call
+from .graph import Insertion, aten, first, is_call, is_tensor, prims, site_of, value
 from .local import is_channel_vector, is_zero, same
+from .refusal import Refusal
 
 fqt = torch.ops.fqt
 NAMES: dict[Any, str] = {
@@ -56,12 +58,11 @@ class FusedProgram:
     dtypes: tuple[torch.dtype, ...]
 
     @staticmethod
-    def of(node: fx.Node, site: str) -> FusedProgram:
+    def of(node: fx.Node) -> FusedProgram:
         """Of a call that has operands and program among its arguments."""
-        position = next(i for i, a in enumerate(arguments(node)) if isinstance(a, str))
-        operands, text = arguments(node)[position - 1 : position + 1]
         template = str(node.target).split(".")[1]
-        return FusedProgram(site, template, text, tuple(value(n).dtype for n in operands))
+        dtypes = tuple(value(n).dtype for n in Call(node).operands)
+        return FusedProgram(site_of(node), template, Call(node).text, dtypes)
 
 
 Vector = fx.Node | float | tuple[Any, "Vector", "Vector"]
@@ -133,7 +134,7 @@ class Region:
     def emit(self, absorbed: list[fx.Node], sources: list[fx.Node]) -> None:
         for source in sources:
             if is_call(source, fqt.unpack_bool.default):
-                self._names[source] = self._operand(arguments(source)[0], BITS)
+                self._names[source] = self._operand(Call(source).words, BITS)
             else:
                 self._operand(source, FULL)
         for node in absorbed:
@@ -151,38 +152,50 @@ class Region:
             return
         if node.target in AFFINE and value(node).dtype == torch.float32 and self._extend_affine(node):
             return
-        args = [self.argument(a) for a in arguments(node)[: 3 if node.target in CLAMPS else None] if not _is_dtype(a)]
+        if node.target in CLAMPS:
+            self._emit_clamp(node)
+            return
+        args = [self.argument(a) for a in node.args if not _is_dtype(a)]
         if node.target in PASSED_ON:
             self._names[node] = args[0]
-            if value(node).dtype == torch.bfloat16 and value(arguments(node)[0]).dtype != torch.bfloat16:
+            if value(node).dtype == torch.bfloat16 and value(first(node)).dtype != torch.bfloat16:
                 self.state(node, "bfloat16", args)
             return
-        if node.target in CLAMPS:
-            low, high = ([*args[1:], "-1.0", "1.0"])[:2] if node.target is aten.hardtanh.default else args[1:3]
-            self.state(node, "maximum", [args[0], low])
-            self.state(node, "minimum", [self._names[node], high])
-        else:
-            self.state(node, NAMES[node.target], args)
+        self.state(node, NAMES[node.target], args)
+        self._round(node)
+
+    def _emit_clamp(self, node: fx.Node) -> None:
+        call = Call(node)
+        low, high = (call.min_val, call.max_val) if node.target is aten.hardtanh.default else (call.min, call.max)
+        result = self.argument(call.self)
+        for operation, bound in (("maximum", low), ("minimum", high)):
+            if bound is not None:
+                result = self.state(node, operation, [result, self.argument(bound)])
+        self._round(node)
+
+    def _round(self, node: fx.Node) -> None:
+        """Results of bfloat16 operators are rounded to it."""
         if value(node).dtype == torch.bfloat16:
             self.state(node, "bfloat16", [self._names[node]])
 
     def _emit_dequantize(self, node: fx.Node) -> None:
         """``where(mask, s acc + z weight_sum, 0)`` in the order of reference.dequantize_grad_input."""
-        acc, weight_sum, scale, zero_point, rows, mask, *_ = arguments(node)
-        gathered = mask if keeps_every_row(rows) else (fqt.gather_words.default, mask, rows)
-        set_ = self._operand(gathered, BITS)
-        factors = ((scale, self._operand(acc, FULL)), (zero_point, self._operand(weight_sum, MAP)))
+        call = Call(node)
+        every = keeps_every_row(call.rows)
+        set_ = self._operand(call.mask if every else (fqt.gather_words.default, call.mask, call.rows), BITS)
+        acc, weight_sum = self._operand(call.acc, FULL), self._operand(call.weight_sum, MAP)
+        factors = ((call.scale, acc), (call.zero_point, weight_sum))
         terms = [self.state((node, i), "mul", [self._operand(by, ROW), x]) for i, (by, x) in enumerate(factors)]
         self.state(node, "where", [set_, self.state((node, 2), "add", terms), "0.0"])
 
     def _extend_affine(self, node: fx.Node) -> bool:
         """Is ``node`` a full value scaled or shifted by a channel vector? Then it is remembered, not stated."""
-        first, second = arguments(node)[:2]
-        full = has_shape(first, node)
-        by = second if full else first
+        left, right = Call(node).self, Call(node).other
+        full = has_shape(left, node)
+        by = right if full else left
         if full == (isinstance(by, fx.Node) and has_shape(by, node)) or (not full and node.target is aten.sub.Tensor):
             return False
-        source = first if full else second
+        source = left if full else right
         by = 0.0 if is_zero(by) else by
         base = self._affine.get(source) or _Affine(self.argument(source))
         self._affine[node] = base.then(node.target, by if isinstance(by, fx.Node) else float(by))
@@ -194,6 +207,10 @@ class Region:
         self.statements.append(Statement(name, operation, tuple(args)))
         self._names[node] = name
         return name
+
+    def says(self, x: fx.Node) -> bool:
+        """Is ``x`` the result of the last statement?"""
+        return bool(self.statements) and self.argument(x) == self.statements[-1].name
 
     def argument(self, argument: Any) -> str:
         if not isinstance(argument, fx.Node):
@@ -208,6 +225,12 @@ class Region:
         if argument in self._names:
             return self._names[argument]
         return "0.0" if is_zero(argument) else self._operand(argument, CHANNEL)
+
+
+def unreadable(sources: list[fx.Node]) -> Refusal:
+    """Why `are_readable` says no."""
+    dtypes = sorted({str(value(s).dtype) for s in sources if value(s).dtype not in SOURCES})
+    return Refusal(f"reads tensors of {', '.join(dtypes)}")
 
 
 def are_readable(sources: list[fx.Node], bits: bool = False) -> bool:
@@ -229,19 +252,20 @@ def has_shape(node: Any, x: fx.Node) -> bool:
 
 def keeps_every_row(rows: fx.Node) -> bool:
     """Are these rows of `select` all there are, in order?"""
-    return is_call(rows, operator.getitem) and arguments(arguments(rows)[0])[3] == "none"
+    return is_call(rows, operator.getitem) and Call(Call(rows).source).prune == "none"
 
 
 def _is_dequantized_by_row(node: fx.Node) -> bool:
     """Row k of a packed grad_input made from row k of its integers: only kept rows, or nothing was pruned."""
-    args = arguments(node)
-    return is_call(node, fqt.dequantize_grad_input.default) and (True in args[6:] or keeps_every_row(args[4]))
+    if not is_call(node, fqt.dequantize_grad_input.default):
+        return False
+    return Call(node).compact or keeps_every_row(Call(node).rows)
 
 
 def _full_inputs(node: fx.Node, x: fx.Node) -> list[fx.Node]:
     """What ``node`` reads element by element."""
     if is_call(node, fqt.dequantize_grad_input.default):
-        return [arguments(node)[0]]
+        return [Call(node).acc]
     return [n for n in node.all_input_nodes if has_shape(n, x)]
 
 
@@ -255,9 +279,7 @@ def is_supported(node: fx.Node, x: fx.Node) -> bool:
         return False
     if not has_shape(node, x) or value(x).dim() < 2 or isinstance(value(x).shape[1], torch.SymInt):
         return False
-    if node.target in PASSED_ON and (value(node).dtype == torch.bool) != (
-        value(arguments(node)[0]).dtype == torch.bool
-    ):
+    if node.target in PASSED_ON and (value(node).dtype == torch.bool) != (value(first(node)).dtype == torch.bool):
         return False  # a cast to or from bool changes values
     return all(
         _is_number(a)
@@ -265,7 +287,7 @@ def is_supported(node: fx.Node, x: fx.Node) -> bool:
         or is_zero(a)
         or is_channel_vector(a, x)
         or (isinstance(a, fx.Node) and has_shape(a, x) and value(a).dtype in (*SOURCES, torch.bool))
-        for a in arguments(node)
+        for a in node.args
     )
 
 
@@ -288,7 +310,7 @@ def _bits(at: Insertion, bits: Any) -> fx.Node:
     if isinstance(bits, fx.Node):
         return bits
     gather, mask, rows = bits
-    made = [user for user in mask.users if is_call(user, gather) and arguments(user)[1] is rows]
+    made = [user for user in mask.users if is_call(user, gather) and Call(user).rows is rows]
     order = {node: i for i, node in enumerate(at.emitter.graph.nodes)}
     known = next((user for user in made if order[user] < order[at.anchor]), None)
     return known or at.call("gather", gather, mask, rows)

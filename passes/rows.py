@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -23,6 +22,7 @@ from . import batch_norm
 from .graph import is_backward, is_tensor, value
 from .local import same
 from .sites import Site
+from .state import NOTHING_PRUNED, RowChoice, State, graph_pass
 
 T = TypeVar("T", bound=Hashable)
 
@@ -62,24 +62,18 @@ class Dominators(Generic[T]):
         return lower in self.depth and self.common([upper, lower]) == upper
 
 
-@dataclasses.dataclass(frozen=True)
-class RowChoice:
-    """``cuts``: the gradients whose rows are chosen once per step, together; none: at every site, for ``reason``.
-
-    ``below``: indices of the sites, and ``norms``: backward nodes of the BatchNorms, that all of the gradient reaches
-    through the cuts.
-    """
-
-    cuts: tuple[fx.Node, ...]
-    reason: str
-    below: frozenset[int] = frozenset()
-    norms: tuple[fx.Node, ...] = ()
+@graph_pass(requires=("decisions",), ensures="row choice")
+def rows(state: State) -> None:
+    """Choose the cut, if rows are chosen once per step."""
+    if not state.config.prunes:
+        state.choice = NOTHING_PRUNED
+    elif state.config.scope == "layer":
+        state.choice = RowChoice((), "asked for by scope='layer'")
+    else:
+        state.choice = _choose_rows(state.graph, state.sites, state.config.cut)
 
 
-NOTHING_PRUNED = RowChoice((), "nothing is pruned")
-
-
-def choose_rows(graph: fx.Graph, sites: Sequence[Site], cut: str) -> RowChoice:
+def _choose_rows(graph: fx.Graph, sites: Sequence[Site], cut: str) -> RowChoice:
     """The cuts for the packed sites; ``cut``: option of that name (`FQTConfig`)."""
     packed = [s for s in sites if s.packed and s.trained]
     if not packed:

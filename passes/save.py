@@ -8,41 +8,39 @@ layer at a small batch would otherwise save more than float training does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 from torch.utils.checkpoint import CheckpointPolicy
 
-from .forward import PackedForward
-from .graph import arguments, is_training, value
+from .call import Call
+from .graph import is_training, value
+from .state import State, graph_pass
 
 WEIGHT_SHARE = 8
 """An activation bit stands for 32 bits of float training: saving up to 8 weight bits for it stays far below that."""
 
 
-def tag_saved(
-    graph: fx.Graph, forward: Iterable[PackedForward], seed: fx.Node | None, save_outputs: bool = False
-) -> None:
+@graph_pass(requires=("packed forward",), ensures="tags")
+def save(state: State) -> None:
     """Tag every packed site's nodes; inference graphs save nothing.
 
-    save_outputs: the integer outputs are saved where the backward needs them, instead of being computed again.
+    ``save_outputs``: the integer outputs are saved where the backward needs them, instead of being computed again.
     """
-    if not is_training(graph):
+    if not is_training(state.graph):
         return
-    for site in forward:
+    for site in state.forward.values():
         activations = (site.x_bits, site.mask)
         # The operation itself returns a tuple, which cannot be saved: it must be recomputable for its items to be.
-        weights = (arguments(site.w_bits)[0], site.w_bits, site.weight_scale)
+        weights = (Call(site.w_bits).source, site.w_bits, site.weight_scale)
         save_weights = _hint(site.w_bits) <= WEIGHT_SHARE * (_hint(site.x_bits) + _hint(site.mask))
         for node in activations:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         for node in weights[1:] if save_weights else weights:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if save_weights else CheckpointPolicy.PREFER_RECOMPUTE
-        acc = CheckpointPolicy.MUST_SAVE if save_outputs else CheckpointPolicy.PREFER_RECOMPUTE
+        acc = CheckpointPolicy.MUST_SAVE if state.config.save_outputs else CheckpointPolicy.PREFER_RECOMPUTE
         site.acc.meta["recompute"] = acc
-    if seed is not None:
-        seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    if state.seed is not None:
+        state.seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _hint(node: fx.Node) -> int:

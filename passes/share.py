@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
+from .call import Call
 from .graph import provenance
+from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 SHAREABLE = frozenset(
@@ -20,25 +24,24 @@ SHAREABLE = frozenset(
 )
 
 
-def share(graph: fx.Graph) -> int:
-    """Merge equal quantizations; returns how many nodes were dropped.
+@graph_pass(requires=("written-out BatchNorm", "tags"), ensures="shared operands", check=no_float_left)
+def share(state: State) -> None:
+    """Merge equal quantizations.
 
     The seed that rides on the first ``pack_activation`` is not part of what it computes.
     """
-    first: dict[object, fx.Node] = {}
-    dropped = 0
-    for node in list(graph.nodes):
+    state.graph.eliminate_dead_code()
+    first: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(state.graph.nodes):
         if node.op != "call_function" or provenance(node) is None:
             continue
-        if node.target in SHAREABLE:
-            key = (node.target, node.args[:2] if node.target is fqt.pack_activation.default else node.args)
-        elif node.name.startswith("getitem") and isinstance(node.args[0], fx.Node) and node.args[0].target in SHAREABLE:
-            key = (node.target, node.args)
+        if node.target is fqt.pack_activation.default:
+            key = (node.target, Call(node).x, Call(node).threshold)
+        elif node.target in SHAREABLE or (node.target is operator.getitem and Call(node).source.target in SHAREABLE):
+            key = (node.target, *node.args)
         else:
             continue
         kept = first.setdefault(key, node)
         if kept is not node:
             node.replace_all_uses_with(kept)
-            graph.erase_node(node)
-            dropped += 1
-    return dropped
+            state.graph.erase_node(node)

@@ -17,24 +17,14 @@ import torch
 from torch import fx
 
 from . import batch_norm
-from .graph import CASTS, VIEWS, arguments, aten, is_call, prims, strip, value
+from .call import Call
+from .graph import CASTS, VIEWS, aten, first, is_call, prims, strip, value
 from .local import same
+from .sites import BatchNormThreshold
 
 MEANS = frozenset({aten.mean.dim, aten.avg_pool2d.default, aten.avg_pool1d.default, aten._adaptive_avg_pool2d.default})
 MAX_POOLS = frozenset({prims._low_memory_max_pool_with_offsets.default, aten.max_pool2d_with_indices.default})
 PASSED = CASTS | {aten.alias.default, aten.clone.default, aten.detach.default}
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchNormThreshold:
-    """The arguments of `reference.batch_norm_threshold`; weight and bias are graph inputs, or None for 1 and 0."""
-
-    weight: fx.Node | None
-    bias: fx.Node | None
-    channels: int
-    window: int
-    top: float
-    repeat: int
 
 
 @dataclasses.dataclass
@@ -52,17 +42,17 @@ class _Walk:
         node, target = self.node, self.node.target
         if node.op != "call_function":
             return False
-        source = arguments(node)[0]
+        source = first(node)
         if target in PASSED:
             self.node = source
         elif target in VIEWS:
             return self._flatten(node, source)
-        elif is_call(node, operator.getitem) and source.target in MAX_POOLS and arguments(node)[1] == 0:
-            self.window *= math.prod(arguments(source)[1])
-            self.node = arguments(source)[0]
+        elif is_call(node, operator.getitem) and source.target in MAX_POOLS and Call(node).index == 0:
+            self.window *= math.prod(Call(source).kernel_size)
+            self.node = Call(source).self
         elif target in MEANS:
             # The mean of a mean is the same; but not the mean of what is rectified, or the largest, of means.
-            positions_only = target is not aten.mean.dim or all(a % value(source).dim() > 1 for a in arguments(node)[1])
+            positions_only = target is not aten.mean.dim or all(a % value(source).dim() > 1 for a in Call(node).dim)
             self.node = source
             return positions_only and not self.rectified and self.window == 1
         elif target is aten.mul.Tensor:
@@ -84,31 +74,35 @@ class _Walk:
         return same(shape[1], before[1] * inner) and self.window == 1
 
     def _rectifier(self, node: fx.Node) -> bool:
-        low: object
-        high: object
-        if node.target is aten.relu.default:
-            low, high = 0.0, None
-        elif node.target in (aten.clamp.default, aten.clamp_min.default, aten.hardtanh.default):
-            low, high = ([*arguments(node)[1:3], None, None])[:2]
-        else:
+        call, target = Call(node), node.target
+        low: object = 0.0
+        high: object = None
+        if target is aten.hardtanh.default:
+            low, high = call.min_val, call.max_val
+        elif target is aten.clamp.default:
+            low, high = call.min, call.max
+        elif target is aten.clamp_min.default:
+            low = call.min
+        elif target is not aten.relu.default:
             return False
         if low != 0 or not (high is None or isinstance(high, int | float)):
             return False
         self.top = self.top if high is None else min(self.top, float(high))
         self.rectified = True
-        self.node = arguments(node)[0]
+        self.node = call.self
         return True
 
     def _dropout(self, node: fx.Node) -> bool:
         """``(rand > p) * x * 1 / (1 - p)``, in whichever order: the mean of x."""
-        inner, scale = arguments(node)[:2]
+        inner, scale = Call(node).self, Call(node).other
         if not isinstance(scale, float) or not is_call(inner, aten.mul.Tensor):
             return False
-        for mask, x in (arguments(inner)[:2], arguments(inner)[1::-1]):
+        factors = (Call(inner).self, Call(inner).other)
+        for mask, x in (factors, factors[::-1]):
             kept = strip(mask, CASTS) if isinstance(mask, fx.Node) else None
-            if kept is not None and is_call(kept, aten.gt.Scalar) and is_call(arguments(kept)[0], aten.rand.default):
+            if kept is not None and is_call(kept, aten.gt.Scalar) and is_call(Call(kept).self, aten.rand.default):
                 self.node = x
-                return abs(scale * (1 - arguments(kept)[1]) - 1) < 1e-6
+                return bool(abs(scale * (1 - Call(kept).other) - 1) < 1e-6)
         return False
 
 
@@ -120,9 +114,9 @@ def from_batch_norm(x: fx.Node) -> BatchNormThreshold | None:
             return None
     norm = batch_norm.output_of(walk.node)
     assert norm is not None
-    if not walk.rectified:
+    if not walk.rectified or batch_norm.is_instance_norm(norm):
         return None
-    source, weight, bias, *_ = arguments(norm)
+    source, weight, bias = Call(norm).input, Call(norm).weight, Call(norm).bias
     channels = value(source).shape[1]
     known = all(p is None or p.op == "placeholder" for p in (weight, bias))
     if not known or not isinstance(channels, int) or not same(value(source).shape[0], value(x).shape[0]):

@@ -1,10 +1,26 @@
-"""Fixtures shared by all tests: deterministic, single-threaded, with clean compiler caches."""
+"""Fixtures shared by all tests: deterministic, with clean compiler caches; how much of the grids is tested."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from torch import nn
+from support import sample
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the whole grids, not the sample of the day (make test-all)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all"):
+        os.environ[sample.ENVIRONMENT] = sample.ALL
+    sample.seed()  # before workers are started, so that they have the same
+
+
+def pytest_report_header() -> str:
+    return f"sample of the grids: {sample.ENVIRONMENT}={sample.seed()} (--all for all of them)"
 
 
 @pytest.fixture(autouse=True)
@@ -17,53 +33,9 @@ def _deterministic():
     torch.set_num_threads(threads)
 
 
-class SmallNet(nn.Module):
-    """Two packed convolutions around a skip connection, a down-sampling branch and a packed linear layer."""
-
-    def __init__(self, norm: bool = False, channels: int = 32, activation: type[nn.Module] = nn.ReLU) -> None:
-        super().__init__()
-        c = channels
-        self.stem = nn.Conv2d(3, c, 3, padding=1)
-        self.conv1 = nn.Conv2d(c, c, 3, padding=1)
-        self.conv2 = nn.Conv2d(c, 2 * c, 3, stride=2, padding=1, bias=False)
-        self.down = nn.Conv2d(c, 2 * c, 1, stride=2)
-        self.fc1 = nn.Linear(2 * c * 4, 64)
-        self.fc2 = nn.Linear(64, 10)
-        self.norm1 = nn.BatchNorm2d(c) if norm else nn.Identity()
-        self.norm2 = nn.BatchNorm2d(2 * c) if norm else nn.Identity()
-        self.act = activation()
-        for module in self.modules():
-            # A channel whose normalized output is exactly 0 sits on the ReLU's corner, where the last bit decides.
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.bias, 0, 0.3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act(self.stem(x))
-        x = x + self.act(self.norm1(self.conv1(x)))
-        x = self.act(self.norm2(self.conv2(x)) + self.down(x))
-        x = nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
-        return self.fc2(self.act(self.fc1(x)))
-
-
-def small_batch(batch: int = 8, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and labels for `SmallNet`."""
-    return torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-
-
-def step_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int = 5):
-    """Loss and parameter gradients of one cross-entropy step from a fixed generator state."""
-    torch.manual_seed(seed)
-    loss = nn.functional.cross_entropy(model(x).float(), y)
-    loss.backward()
-    gradients = {
-        name.removeprefix("_orig_mod."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
-    model.zero_grad()
-    return loss.item(), gradients
-
-
 def pytest_terminal_summary(terminalreporter):
-    """Name every GPU kernel, shape and architecture that was covered (tests/test_triton*.py)."""
+    """The sample again, for who has to repeat it; every GPU kernel, shape and architecture that was covered."""
+    terminalreporter.write_line(pytest_report_header())
     reports = terminalreporter.getreports("passed")
     lines = [value for report in reports for key, value in report.user_properties if key == "triton coverage"]
     if lines:

@@ -18,17 +18,28 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from fqt_compile import bench as bench_module
-from fqt_compile import bench_phases, bench_table, bench_turns, bench_worker
-from fqt_compile.bench import ALLOCATORS, BFLOAT16, FLOAT32, OURS, VARIANTS, BenchSettings, ratios
-from fqt_compile.bench_turns import BenchError
+from fqt_compile.bench import (
+    ALLOCATORS,
+    BFLOAT16,
+    FLOAT32,
+    OURS,
+    VARIANTS,
+    BenchError,
+    BenchSettings,
+    measure,
+    phases,
+    ratios,
+    tables,
+    turns,
+    worker,
+)
 from fqt_compile.cli import app
 from fqt_compile.errors import ConfigError
 
 TINY = f"{Path(__file__)}:tiny"
 BROKEN = f"{Path(__file__)}:no_bfloat16"
 NOISY = f"{Path(__file__)}:noisy"
-DESIGN_KEYS = {
+REPORT_KEYS = {
     *("model", "batch", "size", "threads", "steps", "speedup_fp32", "speedup_bf16"),
     *("saved_bytes", "peak_rss", "versions", "cpu"),
 }
@@ -43,7 +54,7 @@ def tiny(num_classes: int) -> nn.Module:
 def test_only_parameters_of_fqt1bit_are_in_the_default_order():
     settings = BenchSettings(model=TINY, batch=2, size=8)
     for variant, memory_format in (("eager float32", torch.channels_last), (OURS, torch.contiguous_format)):
-        trainee = bench_worker.make_trainee(settings, variant)
+        trainee = worker.make_trainee(settings, variant)
         assert trainee.images.is_contiguous(memory_format=torch.channels_last)
         assert trainee.model[2].weight.is_contiguous(memory_format=memory_format)
 
@@ -80,16 +91,16 @@ def no_bfloat16(num_classes: int) -> nn.Module:
     return NoBfloat16(num_classes)
 
 
-class WorkerHere(bench_worker.Worker):
+class WorkerHere(worker.Worker):
     """In this process, with eager models in place of compiled ones: nothing is compiled, no process is started."""
 
     process = types.SimpleNamespace(kill=lambda: None)
 
     def ask(self, request):
         try:
-            return json.loads(json.dumps(bench_worker.REQUESTS[request](self)))
+            return json.loads(json.dumps(worker.REQUESTS[request](self)))
         except Exception as error:
-            raise BenchError(bench_worker.one_line(error)) from error
+            raise BenchError(worker.one_line(error)) from error
 
     def __enter__(self):
         return self
@@ -101,9 +112,9 @@ class WorkerHere(bench_worker.Worker):
 def steps_here(settings, environment=None, say=None):
     """`measure_steps` with `WorkerHere`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_worker, "_compiled", lambda model, kind, settings: model)
-        patch.setattr(bench_turns, "start_worker", lambda settings, variant, environment: WorkerHere(settings, variant))
-        return bench_turns.measure_steps(settings, environment or {})
+        patch.setattr(worker, "_compiled", lambda model, kind, settings: model)
+        patch.setattr(turns, "start_worker", lambda settings, variant, environment: WorkerHere(settings, variant))
+        return turns.measure_steps(settings, environment or {})
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +137,8 @@ def in_process(monkeypatch, eager_steps):
         phases = {"step_s": 0.02, "unprofiled_s": 0.01, "phases": {"packing": 0.02}, "operations": {}}
         return {"memory": memory, "phases": phases}[request]
 
-    monkeypatch.setattr(bench_module, "measure_steps", measure_steps)
-    monkeypatch.setattr(bench_module, "ask_worker", ask_worker)
+    monkeypatch.setattr(measure, "measure_steps", measure_steps)
+    monkeypatch.setattr(measure, "ask_worker", ask_worker)
     return asked
 
 
@@ -137,7 +148,7 @@ def test_report_has_the_documented_keys_and_ratios_of_medians(in_process, tmp_pa
     result = CliRunner().invoke(app, ["bench", "--model", TINY, *arguments])
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
-    assert report.keys() >= DESIGN_KEYS
+    assert report.keys() >= REPORT_KEYS
     assert report["steps"].keys() == report["saved_bytes"].keys() == report["peak_rss"].keys()
     assert report["command"]
     for timed in report["allocators"].values():
@@ -164,8 +175,8 @@ def test_losses_are_shown_and_missing_baselines_have_no_ratio():
     }
     failed = {"fqt1bit bf16": "it broke"}
     report = {"model": "m", "batch": 1, "size": 8, "threads": 1, "cpu": "c", "allocator": "default"}
-    console = Console(file=io.StringIO(), width=bench_table.WIDTH)
-    for table in bench_table.tables({**report, "allocators": {"default": {**timed, "failed": failed}}}):
+    console = Console(file=io.StringIO(), width=tables.WIDTH)
+    for table in tables.tables({**report, "allocators": {"default": {**timed, "failed": failed}}}):
         console.print(table)
     text = console.file.getvalue()
     assert "0.25" in text
@@ -211,7 +222,7 @@ def test_ours_saves_less_than_float32(eager_steps):
     activations = 4 * 4 * 8 * 8 * 32  # bytes of one activation; each ReLU saves its result, which the next layer shares
     assert 2 * activations <= saved["eager float32"] <= 2.2 * activations
     settings = BenchSettings(model=TINY, batch=4, size=8, rounds=1, warm=1, only=(OURS,))
-    ours = bench_turns.measure_steps(settings, {})
+    ours = turns.measure_steps(settings, {})
     assert not ours["failed"]
     assert ours["saved_bytes"][OURS] < saved["eager float32"]
     assert ours["compile"][OURS]["compile_s"] > 0
@@ -250,17 +261,17 @@ def test_variants_take_turns_and_a_later_failure_leaves_one_out(monkeypatch):
 
 def test_processes_take_turns_answer_and_say_why_they_ended():
     settings = BenchSettings(model=TINY, batch=2, size=8)
-    memory = bench_module.ask_worker("memory", settings, "eager float32", ALLOCATORS["tuned"])
+    memory = measure.ask_worker("memory", settings, "eager float32", ALLOCATORS["tuned"])
     assert 0 < memory["start"] <= memory["peak"]
     only = BenchSettings(model=NOISY, batch=2, size=8, rounds=2, only=("eager float32", "eager bf16", OURS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BenchSettings, "variants", ("eager float32", "eager bf16"))
-        figures = bench_turns.measure_steps(only, {})
+        figures = turns.measure_steps(only, {})
     assert len(figures["steps"]["eager float32"]["all_s"]) == 2
     assert figures["failed"] == {"eager bf16": "its process ended with status 3: cannot go on"}
     broken = BenchSettings(model=BROKEN, batch=2, size=8)
     with pytest.raises(BenchError, match=r"measuring memory of eager bf16 failed: TypeError: no bfloat16 here; ac"):
-        bench_module.ask_worker("memory", broken, "eager bf16", {})
+        measure.ask_worker("memory", broken, "eager bf16", {})
 
 
 @pytest.mark.parametrize(
@@ -279,7 +290,7 @@ def test_processes_take_turns_answer_and_say_why_they_ended():
         ("fqt::select", "row choice"),
         ("fqt::fused_activation", "fused float"),
         ("fqt::max_pool_gradient", "fused float"),
-        ("fqt::something_new", bench_phases.ANY_PACKED),
+        ("fqt::something_new", phases.ANY_PACKED),
         ("Optimizer.step#Adam.step", "optimizer"),
         ("mkldnn::_convolution_pointwise", "float convolution, linear"),
         ("aten::addmm", "float convolution, linear"),
@@ -290,13 +301,13 @@ def test_processes_take_turns_answer_and_say_why_they_ended():
     ],
 )
 def test_phase_of_an_operation(name, phase):
-    assert bench_phases.phase_of(name) == phase
+    assert phases.phase_of(name) == phase
 
 
 def test_every_operation_has_a_phase_of_its_own():
     from fqt_compile.kernels.operations import OPERATIONS
 
-    unknown = [name for name in OPERATIONS if bench_phases.phase_of(f"fqt::{name}") == bench_phases.ANY_PACKED]
+    unknown = [name for name in OPERATIONS if phases.phase_of(f"fqt::{name}") == phases.ANY_PACKED]
     assert unknown == ["check_finite"]  # a debugging aid
 
 
@@ -308,27 +319,27 @@ def test_phases_add_up_and_inner_events_count_once():
     outer = event("CompiledFunction", 900)
     product = event("fqt::output_product", 500, outer)
     inner = event("aten::fill_", 100, event("aten::empty", 120, product))
-    operations = bench_phases.operation_seconds([outer, product, inner, event("aten::add", 50, outer)])
+    operations = phases.operation_seconds([outer, product, inner, event("aten::add", 50, outer)])
     assert operations == pytest.approx({"fqt::output_product": 500e-6, "aten::add": 50e-6})
-    phases = bench_phases.breakdown(operations, step_s=1e-3)
-    assert sum(phases.values()) == pytest.approx(1e-3)
-    assert phases[bench_phases.OVERHEAD] == pytest.approx(450e-6)
+    seconds = phases.breakdown(operations, step_s=1e-3)
+    assert sum(seconds.values()) == pytest.approx(1e-3)
+    assert seconds[phases.OVERHEAD] == pytest.approx(450e-6)
 
 
 def test_phases_of_a_real_step():
     def make_step():
         settings = BenchSettings(model=TINY, batch=4, size=8)
-        return bench_worker.make_trainee(settings, OURS).timed_step
+        return worker.make_trainee(settings, OURS).timed_step
 
-    figures = bench_phases.measure_phases(make_step, steps=2)
-    phases = figures["phases"]
-    assert sum(phases.values()) == pytest.approx(figures["step_s"])
-    assert all(seconds >= 0 for seconds in phases.values())
+    figures = phases.measure_phases(make_step, steps=2)
+    seconds = figures["phases"]
+    assert sum(seconds.values()) == pytest.approx(figures["step_s"])
+    assert min(seconds.values()) >= 0
     measured = ("output products", "grad_weight products", "fused float", "quantizing", "optimizer")
-    assert all(phases[name] > 0 for name in (*measured, "generated float kernels", "float convolution, linear"))
+    assert all(seconds[name] > 0 for name in (*measured, "generated float kernels", "float convolution, linear"))
 
 
-@pytest.mark.parametrize("folder", ["", "zen5", "cascadelake"])
+@pytest.mark.parametrize("folder", ["zen4", "zen5", "cascadelake"])
 def test_every_recorded_result_can_be_compared_with_the_goals(monkeypatch, folder):
     benchmarks = Path(__file__).parents[1] / "benchmarks"
     monkeypatch.syspath_prepend(str(benchmarks))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fqt_compile.cli import app, parse_options
+from fqt_compile.cli import app
+from fqt_compile.cli_options import parse_options
 from fqt_compile.config import FQTConfig
 from fqt_compile.errors import CaptureError, ConfigError
 
@@ -83,7 +84,7 @@ def test_debug_shows_the_exception():
 
 
 def test_finetune_ends_with_the_table(tmp_path, monkeypatch):
-    monkeypatch.setattr("fqt_compile.finetune.compile_step", lambda model, config: model)
+    monkeypatch.setattr("fqt_compile.finetune.training.compile_step", lambda model, config: model)
     sizes = ["--arch", TINY, "--size", "8", "--limit", "40", "--batch", "8"]
     lengths = ["--epochs", "1", "--qat-epochs", "1", "--out", str(tmp_path / "run")]
     result = call("finetune", *sizes, *lengths)
@@ -113,9 +114,9 @@ def fake_modules(monkeypatch):
         return FakeReport()
 
     for name in ("explain", "compare"):
-        module = types.ModuleType(f"fqt_compile.{name}")
+        module = types.ModuleType(f"fqt_compile.inspect.{name}")
         setattr(module, name, received)
-        monkeypatch.setitem(sys.modules, f"fqt_compile.{name}", module)
+        monkeypatch.setitem(sys.modules, f"fqt_compile.inspect.{name}", module)
     return calls
 
 
@@ -145,7 +146,7 @@ def test_error_of_a_command_has_no_traceback(fake_modules, monkeypatch):
     def fail(*args, **kwargs):
         raise CaptureError("the model\nhas a graph break")
 
-    monkeypatch.setattr(sys.modules["fqt_compile.explain"], "explain", fail)
+    monkeypatch.setattr(sys.modules["fqt_compile.inspect.explain"], "explain", fail)
     result = call("explain", "--arch", TINY)
     assert (result.exit_code, result.stderr) == (2, "error: the model has a graph break\n")
 
@@ -154,7 +155,7 @@ def test_interrupt_names_the_remedy(fake_modules, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fqt_compile.compare"], "compare", interrupt)
+    monkeypatch.setattr(sys.modules["fqt_compile.inspect.compare"], "compare", interrupt)
     result = call("compare", "--arch", TINY)
     assert (result.exit_code, result.stderr.count("--resume")) == (130, 1)
 

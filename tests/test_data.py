@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fqt_compile import data
-from fqt_compile.data import DataError, MissingPackageError
+from fqt_compile.finetune import data, sources
+from fqt_compile.finetune.sources import DataError
+from fqt_compile.optional import MissingPackageError
 
 to_pil_image = pytest.importorskip("torchvision.transforms.functional").to_pil_image
 
@@ -118,7 +119,7 @@ def test_unknown_names(name, message):
 def test_absent_cifar10_and_fashion_mnist(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"nothing readable below .*cifar-10-batches-py"):
         data.load("cifar10", root=tmp_path)
-    monkeypatch.setattr(data, "SYSTEM_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(sources, "SYSTEM_FASHION_MNIST", tmp_path)
     with pytest.raises(DataError, match="install the Debian package dataset-fashion-mnist"):
         data.load("fashion-mnist")
     with pytest.raises(DataError, match="no readable FashionMNIST/raw"):
@@ -132,7 +133,7 @@ def write_idx(path: Path, values: torch.Tensor) -> None:
 
 
 def test_fashion_mnist_from_the_system_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SYSTEM_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(sources, "SYSTEM_FASHION_MNIST", tmp_path)
     for part, count in (("train", 20), ("t10k", 6)):
         images = torch.arange(count * 784).remainder(256).to(torch.uint8).reshape(count, 28, 28)
         write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", images)

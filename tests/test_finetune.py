@@ -14,13 +14,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fqt_compile import finetune as job
-from fqt_compile.checkpoint import CheckpointError, OutputError, load_weights, open_workspace, write_atomic
 from fqt_compile.config import FQTConfig
 from fqt_compile.errors import ConfigError
-from fqt_compile.finetune import DivergedError, FinetuneSettings, finetune
+from fqt_compile.finetune import CheckpointError, DivergedError, FinetuneSettings, finetune, table
+from fqt_compile.finetune import training as job
+from fqt_compile.finetune.checkpoint import load_weights, open_workspace
+from fqt_compile.finetune.report import probe
 from fqt_compile.models import make_model
-from fqt_compile.results import measure_saved_bytes, probe, table
+from fqt_compile.results import OutputError, measure_saved_bytes, write_atomic
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -304,7 +305,7 @@ def test_weights_of_a_model_with_another_head(settings, tmp_path):
 
 
 def test_bad_weights(tmp_path, monkeypatch):
-    from fqt_compile.checkpoint import read_weights
+    from fqt_compile.finetune.checkpoint import read_weights
 
     with pytest.raises(CheckpointError, match="no such file"):
         read_weights("resnet18", str(tmp_path / "none.pt"))

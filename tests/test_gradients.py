@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet, small_batch, step_gradients
-from noise_nets import NETS, batches, trained, vgg_like
+from support.nets import SmallNet, small_batch, step_gradients
+from support.noise_nets import NETS, batches, trained, vgg_like
+from support.steps import interpreted
 from torch import nn
 
 import fqt_compile
 from fqt_compile import FQTConfig, explain, gradient_noise
 from fqt_compile.capture import capture
 from fqt_compile.errors import ConfigError
+from fqt_compile.inspect.noise import least_variance
 from fqt_compile.kernels import noise, selection
 from fqt_compile.models import small_vgg
-from fqt_compile.noise import least_variance
 
 LIMITS = {"group norm": 6.0}
 """Of the variance, where not 2.6: without BatchNorm no mean is taken out of the kept rows, and what is left is the
 variance of unbiased sampling itself (with 8 bits instead of 4 it is the same)."""
+
+
+@pytest.mark.parametrize("track", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_instance_norm_of_one_image_is_not_taken_for_batch_norm(affine, track):
+    """Alone, it reaches the graph as a BatchNorm; the threshold is the sample's in any batch, in either mode."""
+    norms = {nn.InstanceNorm2d: "sample", nn.BatchNorm2d: "channel"}
+    for norm, rule in norms.items():
+        if norm is nn.BatchNorm2d and not track:
+            continue  # without running statistics its predictions depend on the batch anyway
+        layers = [nn.Conv2d(3, 32, 3), norm(32, affine=affine, track_running_stats=track), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Conv2d(32, 32, 3), nn.Conv2d(32, 4, 3))
+        for images, mode in itertools.product((1, 3), (True, False)):
+            (site,) = (s for s in explain(model.train(mode), torch.randn(images, 3, 9, 9)).sites if s.name == "3")
+            assert site.threshold == rule, (norm, images, mode)
 
 
 @pytest.mark.slow
@@ -91,11 +108,45 @@ def test_gradient_noise_estimates_what_it_says():
     assert layer.grad_weight.variance == pytest.approx(variance, rel=1e-4)
     assert layer.grad_weight.bias == pytest.approx(bias, rel=1e-3, abs=1e-4)
     assert layer.grad_weight.bias_error > 0
-    for name, seeds, config in (("seeds", 1, {}), ("grad", 4, {"grad": "exact"})):
-        with pytest.raises(ConfigError, match=name):
-            gradient_noise(model, [(x, y)], config, seeds)
-    with pytest.raises(ConfigError, match="batches"):
-        gradient_noise(model, [])
+
+
+@pytest.mark.filterwarnings("ignore:fqt1bit. no convolution")
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("seeds: got 1;", {"seeds": 1}),
+        ("seeds: got 2.5;", {"seeds": 2.5}),
+        ("seeds: got None;", {"seeds": None}),
+        (r"seeds: got \[1, 1\];", {"seeds": [1, 1]}),
+        ("seeds: got .* different integers", {"seeds": [1, 1 + 2**64]}),
+        ("grad: got 'exact'", {"config": {"grad": "exact"}}),
+        ("loss: got 'mse'", {"loss": "mse"}),
+        (r"loss: got shape \(8, 10\)", {"loss": lambda output, y: output}),
+        ("loss: got float", {"loss": lambda output, y: 1.0}),
+        ("batches: got none", {"batches": []}),
+        ("batches: got int", {"batches": 3}),
+        ("batches: got Tensor", {"batches": torch.randn(8, 3, 8, 8)}),
+        (r"batches: batch 0: got Tensor of shape \(0, 3, 8, 8\)", {"batches": [torch.randn(0, 3, 8, 8)]}),
+        ("batches: got a target list", {"batches": [(torch.randn(8, 3, 8, 8), [0] * 8)]}),
+        ("batches: got a target torch.bool", {"batches": [(torch.randn(8, 3, 8, 8), torch.ones(8) > 0)]}),
+        ("model: no layer is packed and trained", {"config": {"min_channels": 1000}}),
+        ("model: no parameter requires a gradient", {"model": SmallNet().requires_grad_(False)}),
+    ],
+)
+def test_gradient_noise_says_what_it_accepts(message, arguments):
+    given = {"model": SmallNet(norm=True), "batches": [small_batch()]} | arguments
+    with pytest.raises(ConfigError, match=message):
+        gradient_noise(**given)
+
+
+def test_gradient_noise_where_gradients_are_off_and_of_an_eager_copy():
+    """The same numbers; two seeds have no standard error."""
+    model, batch = SmallNet(norm=True), small_batch()
+    plain = gradient_noise(model, [batch], {"keep": 0.5}, 2)
+    with torch.no_grad():
+        same = gradient_noise(fqt_compile.eager(model, {"keep": 1.0}), [batch], {"keep": 0.5}, 2)
+    assert str(same) == str(plain)
+    assert math.isnan(plain.layers[0].grad_weight.bias_error)
 
 
 # -- nets without BatchNorm ------------------------------------------------------------------------------------
@@ -243,7 +294,7 @@ def test_a_prediction_is_the_same_alone_in_any_batch_and_beside_outliers(name):
     if name == "vgg11_bn":
         model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 128), nn.ReLU())
         model.classifier.extend([nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)])
-    step = torch.compile(model, backend="fqt1bit", options={"lowering": "native"})
+    step = interpreted(model)
     trained_for_a_moment(model, step, size)
     x = torch.randn(8, 3, size, size)
     with torch.no_grad():

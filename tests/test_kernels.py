@@ -10,8 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from grid import LAYERS, REFERENCE, WIDE, Call, Layer, calls, expected, operands, product_calls
-from torch import Tensor
+from support import sample
+from support.equality import assert_same
+from support.grid import (
+    LAYERS,
+    OPERATIONS,
+    REFERENCE,
+    WIDE,
+    Call,
+    Layer,
+    calls,
+    expected,
+    operands,
+    product_calls,
+    sampled,
+)
 
 from fqt_compile.errors import ConfigError, UnsupportedInputError
 from fqt_compile.kernels import cpu, packing
@@ -20,29 +33,6 @@ from fqt_compile.kernels.cpu import isa as instruction_sets
 # NaN activations are part of the grid; that they are announced is tested in test_backend.py.
 pytestmark = pytest.mark.filterwarnings("ignore:fqt1bit. NaN or infinite:fqt_compile.errors.FQTWarning")
 
-OPERATIONS = [name for name in REFERENCE if name != "draw_seed"]
-
-
-def assert_same(actual: Any, wanted: Any, where: str) -> None:
-    """Same dtype, shape, strides (of axes longer than 1) and bits; any NaN equals any NaN."""
-    if isinstance(wanted, tuple):
-        for item, (a, w) in enumerate(zip(actual, wanted, strict=True)):
-            assert_same(a, w, f"{where}[{item}]")
-        return
-    assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape), where
-    if wanted.numel():
-        layouts = ([s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (actual, wanted))
-        assert next(layouts) == next(layouts), f"{where}: strides {actual.stride()}, expected {wanted.stride()}"
-    if wanted.is_floating_point():
-        assert torch.equal(actual.isnan(), wanted.isnan()), f"{where}: NaNs differ"
-        actual, wanted = _bits(actual), _bits(wanted)
-    assert torch.equal(actual, wanted), f"{where}: {int((actual != wanted).sum())} of {wanted.numel()} differ"
-
-
-def _bits(x: Tensor) -> Tensor:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    return torch.where(x.isnan(), torch.zeros_like(x), x).view(integer)
-
 
 @pytest.fixture(params=cpu.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -50,7 +40,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -58,18 +48,27 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+def cases(operations: list[str], layers: list[Layer]) -> list[Any]:
+    """Operation, layer and number of threads: the sample of the day, or all."""
+    made = []
+    for operation in operations:
+        for layer in sampled(operation, layers):
+            name = f"{operation}-{layer.name}"
+            for count in (1, 2) if sample.everything() else [sample.pick(name, (1, 2))]:
+                made.append(pytest.param(operation, layer, count, id=f"{name}-{count}"))
+    return made
+
+
 def test_every_reference_operation_is_native() -> None:
     assert sorted(cpu.OPERATIONS) == sorted(REFERENCE)
     assert sorted(calls(LAYERS[0])) == sorted(OPERATIONS)
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(("operation", "layer", "threads"), cases(OPERATIONS, LAYERS), indirect=["threads"])
 def test_equals_reference(operation: str, layer: Layer, isa: str, threads: int) -> None:
-    wanted = expected(layer, operation)
-    for number, (arguments, result) in enumerate(zip(calls(layer)[operation], wanted, strict=True)):
+    for number, arguments in enumerate(calls(layer)[operation]):
         actual = cpu.OPERATIONS[operation](*arguments)
-        assert_same(actual, result, f"{operation} call {number}")
+        assert_same(actual, expected(layer, operation, number), f"{operation} call {number}")
 
 
 @functools.cache
@@ -79,10 +78,10 @@ def _wide(layer: Layer) -> list[tuple[str, Call, Any]]:
     return [(operation, args, REFERENCE[operation](*args)) for operation, made in each for args in made]
 
 
-@pytest.mark.parametrize("layer", WIDE, ids=lambda layer: layer.name)
-def test_wide_products_equal_reference(layer: Layer, isa: str, threads: int) -> None:
+@pytest.mark.parametrize(("products", "layer", "threads"), cases(["products"], WIDE), indirect=["threads"])
+def test_wide_products_equal_reference(products: str, layer: Layer, isa: str, threads: int) -> None:
     for number, (operation, args, wanted) in enumerate(_wide(layer)):
-        assert_same(cpu.OPERATIONS[operation](*args), wanted, f"{operation}, product {number}")
+        assert_same(cpu.OPERATIONS[operation](*args), wanted, f"{operation}, {products[:-1]} {number}")
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 5, 8])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import step_gradients
+from support.nets import step_gradients
 from torch import nn
 
 import fqt_compile

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fqt_compile.compare import ROLES
 from grid import LAYERS, calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from fqt_compile import bench_phases
-from fqt_compile.compare import ROLES
 from fqt_compile.kernels import cpu, dispatch, gpu
 from fqt_compile.kernels.cpu import native
 from fqt_compile.kernels.operands import Size

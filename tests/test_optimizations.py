@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import SmallNet, small_batch, step_gradients
-from test_passes import operations
+from support.graphs import captured, captured_once, operations
+from support.nets import SmallNet, small_batch, step_gradients
+from support.steps import assert_same_step
 from torch import nn
 
-import fqt_compile
-from fqt_compile import FQTConfig, explain
-from fqt_compile.capture import CapturedGraph, capture
+from fqt_compile import explain
+from fqt_compile.capture import CapturedGraph
 from fqt_compile.errors import FQTWarning, UnsupportedInputError
 from fqt_compile.kernels import cost, cpu, program
 from fqt_compile.models import small_vgg
@@ -21,37 +21,20 @@ from fqt_compile.models import small_vgg
 BATCH, KEPT = 8, 2
 
 
-def captured(model: nn.Module, x: torch.Tensor, **options) -> CapturedGraph:
-    (graph,) = capture(model, (x,), {}, FQTConfig.from_options(options), rewrite=True)
-    return graph
+def refusals(graph: CapturedGraph, step: str) -> list[str]:
+    """Why a pass left something as it was."""
+    return [left.reason for left in graph.not_optimized if left.step == step]
 
 
 def images(size: int = 32) -> torch.Tensor:
     return torch.randn(BATCH, 3, size, size)
 
 
-def assert_same_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, tolerance: float = 1e-4, **options) -> None:
-    """Native kernels inside Inductor, and the interpreted graph, against eager FQT."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, 0, 0.3)
-    expected = step_gradients(fqt_compile.eager(model, options), x, y)
-    for lowering in ("native", "eager"):
-        torch._dynamo.reset()
-        step = torch.compile(model, backend="fqt1bit", options={**options, "lowering": lowering})
-        loss, gradients = step_gradients(step, x, y)
-        assert loss == pytest.approx(expected[0], rel=1e-5)
-        for name, gradient in expected[1].items():
-            # A bias in front of a BatchNorm has the gradient 0, up to rounding.
-            limit = tolerance * gradient.abs().max() + 1e-6
-            assert (gradients[name] - gradient).abs().max() <= limit, (lowering, name)
-
-
 # -- row compaction ------------------------------------------------------------------------------------------
 
 
 def test_below_the_cut_no_float_tensor_has_the_whole_batch():
-    graph = captured(small_vgg(10), images())
+    graph = captured_once("vgg")
     lines = graph.stages["layout"].splitlines()
     below = lines[next(i for i, line in enumerate(lines) if "fqt.keep_rows" in line) :]
     whole = [line for line in below if re.match(rf"\w+: (float32|int32|int16|bool)\[{BATCH}, \d+, \d+, \d+\]", line)]
@@ -59,12 +42,12 @@ def test_below_the_cut_no_float_tensor_has_the_whole_batch():
     after = operations(graph.stages["layout"])
     assert after["fqt.scatter_rows"] == after["fqt.prune_rows"] == after["aten.scatter_add"] == 0
     assert after["fqt.max_pool_gradient"] == 2
-    assert graph.compacted.count > 10
-    assert graph.compacted.reasons == []
+    assert graph.compacted > 10
+    assert refusals(graph, "compact") == []
 
 
 def test_forward_values_are_computed_again_from_bits_and_masks_of_junctions_are_bits():
-    graph = captured(SmallNet(norm=True), images(8))
+    graph = captured_once("skips")
     after = operations(graph.stages["compact"])
     assert after["fqt.output_product"] == 3 + 2  # two BatchNorms read their input again
     assert after["aten.convolution"] == 2 + 1  # the stem again, for its ReLU
@@ -85,7 +68,7 @@ class Mixing(nn.Module):
 
 def test_an_operator_that_mixes_rows_keeps_full_rows_and_is_named():
     graph = captured(Mixing(), torch.randn(BATCH, 64))
-    (reason,) = graph.compacted.reasons
+    (reason,) = refusals(graph, "compact")
     assert "rev" in reason  # what flip became
     assert operations(graph.stages["compact"])["fqt.scatter_rows"] == 1
     torch.manual_seed(1)
@@ -113,7 +96,7 @@ class PreActivation(nn.Module):
 def test_compaction_and_fusion_equal_eager_fqt(build):
     torch.manual_seed(3)
     x, y = small_batch(BATCH, 8)
-    assert_same_step(build(), x, y, tolerance=2e-3)
+    assert_same_step(build(), x, y, tolerance=2e-3, inductor=True)
 
 
 @pytest.mark.parametrize("options", [{"keep": 1}, {"scope": "layer"}, {"prune": "bernoulli"}], ids=str)
@@ -126,7 +109,8 @@ def test_fusion_without_compaction_equals_eager_fqt(build, options):
 
 def test_bernoulli_is_not_compacted():
     graph = captured(SmallNet(), images(8), prune="bernoulli")
-    assert graph.compacted.count == 0
+    assert graph.compacted == 0
+    assert refusals(graph, "compact") == ["prune='bernoulli' keeps a random number of rows"]
     assert operations(graph.stages["layout"])["fqt.prune_rows"] == 1
 
 
@@ -134,7 +118,7 @@ def test_bernoulli_is_not_compacted():
 
 
 def test_vgg_has_no_float_activation_between_packed_layers():
-    graph = captured(small_vgg(10), images())
+    graph = captured_once("vgg")
     lines = graph.stages["layout"].splitlines()
     forward = lines[: next(i for i, line in enumerate(lines) if "tangents_1" in line and "mm" in line)]
     floats = [line for line in forward if re.match(rf"\w+: float32\[{BATCH}, \d+, \d+, \d+\] =", line)]
@@ -150,7 +134,7 @@ def test_vgg_has_no_float_activation_between_packed_layers():
 
 @pytest.mark.parametrize("options", [{}, {"keep": 1}, {"scope": "layer"}], ids=str)
 def test_programs_fold_batch_norm_and_pool(options):
-    graph = captured(small_vgg(10), images(), **options)
+    graph = captured_once("vgg", **options)
     fused = [f for f in graph.fused if f.template == "fused_activation"]
     assert [f.site for f in fused] == ["4", "7", "11", "14"]
     folded = "full,channel,channel|t0=mul(x0,x1)|t1=add(t0,x2)|t2=relu(t1)"
@@ -162,7 +146,7 @@ def test_programs_fold_batch_norm_and_pool(options):
 def test_the_backward_is_fused_with_and_without_compaction():
     # With pruning, the stem's statistics are taken once more, of the kept rows.
     for options, quantizers, statistics in (({}, 8, 2), ({"keep": 1}, 8, 1)):
-        graph = captured(small_vgg(10), images(), **options)
+        graph = captured_once("vgg", **options)
         after = operations(graph.stages["layout"])
         assert after["fqt.max_pool_gradient"] == 2
         assert after["fqt.gradient_moments"] == 5
@@ -181,7 +165,7 @@ def programs_of(graph: CapturedGraph, template: str) -> list[str]:
 def test_what_sums_pools_and_pointwise_operators_read_is_not_written():
     # With pruning, one more value is written: the gradient that rows are chosen by.
     for options, written in (({}, 6), ({"keep": 1}, 5)):
-        graph = captured(small_vgg(10), images(), **options)
+        graph = captured_once("vgg", **options)
         after = operations(graph.stages["layout"])
         assert after["fqt.dequantize_grad_input"] == 2  # a max-pool's gradient reads it several times
         assert after["fqt.fused_gradient"] == written  # of BatchNorm: the input of every convolution's gradient
@@ -210,7 +194,7 @@ def test_values_of_windows_that_overlap_and_of_several_tensors_are_written():
     assert programs_of(graph, "max_pool_gradient") == ["full"]
     assert_same_step(Net(), *small_batch())
     torch.manual_seed(3)
-    graph = captured(SmallNet(norm=True), images(8))
+    graph = captured_once("skips")
     assert programs_of(graph, "gradient_moments") == ["full,full"] * 2  # two gradients meet behind both additions
 
 
@@ -223,7 +207,7 @@ def test_a_relu_inside_the_mask_of_its_packing_is_masked_once():
         assert after["aten.le.Scalar"] == relus - packed  # the last one is no packed layer's input
         lines = graph.stages["layout"].splitlines()
         assert not [line for line in lines if "aten.clone" in line and re.search(r"\[\d+, \d+, [^1]", line)]
-    graph = captured(small_vgg(10), images(), activation="sign")
+    graph = captured_once("vgg", activation="sign")
     assert operations(graph.stages["gradients"])["aten.le.Scalar"] == relus  # |x| <= 1 holds for zeros, too
 
 
@@ -247,7 +231,7 @@ def test_casts_that_change_values_are_seen():
 
 def test_masks_behind_junctions_are_saved_as_bits():
     for options in ({}, {"keep": 1}):
-        graph = captured(SmallNet(norm=True), images(8), **options)
+        graph = captured_once("skips", **options)
         after = operations(graph.stages["gradients"])
         assert after["fqt.pack_bool"] == after["fqt.unpack_bool"] > 0
         fused = operations(graph.stages["layout"])
@@ -272,7 +256,7 @@ def test_other_activations_are_fused_and_equal_eager(activation, text):
 
 
 def test_an_activation_that_others_read_is_written_once():
-    graph = captured(SmallNet(norm=True), images(8))
+    graph = captured_once("skips")
     values = [line for line in graph.stages["layout"].splitlines() if "fqt.fused_activation" in line]
     assert any(", True, " in line or ", True)" in line for line in values)  # the residual reads it
 
@@ -358,6 +342,18 @@ def test_explain_says_what_was_optimized():
     assert all("t2 = t1 <= 0 ? 0.0f : t1" in source for source in programs)
 
 
+def test_explain_says_what_was_not_optimized_and_why():
+    """One line for a reason, with the layers that it holds for."""
+    text = str(explain(PreActivation(), images(8)))
+    moments = "normalizes what aten.add.Tensor makes: neither a packed layer nor a float convolution"
+    assert f"not optimized by moments: norms.1, norms.2: {moments}" in " ".join(text.split())
+    assert text.count("aten.add.Tensor makes") == 1
+    report = explain(SmallNet(norm=True), images(8), config={"prune": "bernoulli"})
+    assert "not optimized by compact: all layers: prune='bernoulli' keeps a random number of rows" in str(report)
+    assert "not optimized by fuse: fc1: its input is made by aten.view, which no program says" in str(report)
+    assert not [line for line in explain(small_vgg(10), images()).optimizations if line.startswith("not optimized")]
+
+
 # -- options -------------------------------------------------------------------------------------------------
 
 
@@ -375,7 +371,7 @@ def test_autocast_with_max_pooling_and_skips(network):
 
 
 def test_float_layers_in_bfloat16():
-    graph = captured(SmallNet(norm=True), images(8), float_dtype="bfloat16")
+    graph = captured_once("skips", float_dtype="bfloat16")
     lines = graph.stages["layout"].splitlines()
     products = [line for line in lines if " = aten.convolution.default" in line]
     assert products

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import collections
+import functools
+import operator
 import warnings
 
 import pytest
 import torch
 import torchvision
-from conftest import SmallNet, small_batch
+from support.graphs import operations
+from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
 
 from fqt_compile import FQTConfig, explain
+from fqt_compile.backend import fqt1bit
 from fqt_compile.capture import capture
 from fqt_compile.errors import FQTWarning, PassError
-from fqt_compile.passes import pipeline
+from fqt_compile.passes import pipeline, schemes
+from fqt_compile.passes.call import Call, takes
 from fqt_compile.passes.rows import Dominators
+from fqt_compile.passes.state import graph_pass
 
 
 def vit() -> nn.Module:
@@ -47,12 +53,6 @@ PER_PACKED_SITE = {
     "dequantize_grad_weight": 1,
     "weight_gradient": 1,
 }
-
-
-def operations(text: str) -> collections.Counter:
-    """How often each operation is called in a described graph."""
-    calls = [line.split(" = ")[1].split("(")[0] for line in text.splitlines() if " = " in line]
-    return collections.Counter(call.removesuffix(".default") for call in calls)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -281,6 +281,66 @@ def test_a_broken_contract_names_the_pass(monkeypatch):
         capture(SmallNet(), (small_batch()[0],), {}, FQTConfig())
     with pytest.raises(PassError, match="pass 'activation' needs"):
         pipeline._run((pipeline.PIPELINE[0], pipeline.ANALYSES[2]), pipeline.State(torch.fx.Graph(), FQTConfig()), None)
+
+
+def test_a_pass_declares_itself():
+    @graph_pass(requires=("graph",), ensures="counted", check=lambda state: None if state.fuel else "nothing counted")
+    def count(state):
+        state.fuel = len(state.graph.nodes)
+
+    assert (count.name, count.requires, count.ensures) == ("count", ("graph",), "counted")
+    with pytest.raises(PassError, match="pass 'count' broke its contract: nothing counted"):
+        pipeline._run((count,), pipeline.State(torch.fx.Graph(), FQTConfig()), None)
+
+
+def test_operands_by_name():
+    graph = torch.fx.Graph()
+    g, alpha, rows, seed, kept, extremes = map(graph.placeholder, ("g", "alpha", "rows", "seed", "kept", "extremes"))
+    args = (g, alpha, rows, None, seed, 7, 4)
+    node = graph.call_function(torch.ops.fqt.quantize_rows.default, args, {"grid": False})
+    call = Call(node)
+    assert (call.g, call["rows"], call.bits, call.compact, call.extremes, call.grid) == (g, rows, 4, False, None, False)
+    assert call.changed(compact=True) == ((*args, True), {"grid": False})
+    call.replace(g=kept, extremes=extremes)  # what is left out before it takes the schema's default
+    assert (node.args, node.kwargs) == ((kept, *args[1:], False, extremes), {"grid": False})
+    call.replace(grid=True)
+    assert (node.args, node.kwargs) == ((kept, *args[1:], False, extremes, True), {})
+    for misspelt in (lambda: call.row, lambda: call.replace(row=rows)):
+        with pytest.raises(PassError, match=r"got operand 'row'; fqt.quantize_rows.default has g, .*grid"):
+            misspelt()
+    total = graph.call_function(torch.ops.aten.sum.dim_IntList, (g, [0]))
+    Call(total).replace(dtype=torch.float64, self=kept)
+    assert (total.args, total.kwargs) == ((kept, [0]), {"dtype": torch.float64})
+    item = graph.call_function(operator.getitem, (node, 1))
+    assert (Call(item).source, Call(item).index) == (node, 1)
+    assert takes(node, "rows", "compact")
+    assert not takes(total, "rows")
+    assert not takes(g, "rows")
+
+
+def test_a_gradient_scheme_is_one_class_and_one_entry(monkeypatch):
+    """The toy scheme scales exact gradients by a power of two and back: not a bit may differ from them."""
+
+    class Scaled(schemes.Exact):
+        def grad_hat(self):
+            double = self.layer.at.call("toy", torch.ops.aten.mul.Tensor, super().grad_hat(), 2.0)
+            return self.layer.at.call("toy", torch.ops.aten.mul.Tensor, double, 0.5)
+
+    monkeypatch.setitem(schemes.SCHEMES, "toy", Scaled)
+    exact = FQTConfig(grad="exact", lowering="eager")
+    toy = exact.replace()
+    object.__setattr__(toy, "grad", "toy")  # past the validation of options
+    model, batch = SmallNet(norm=True), small_batch()
+    steps = []
+    for config in (exact, toy):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=functools.partial(fqt1bit, options=config))
+        steps.append(step_gradients(compiled, *batch))
+    assert steps[0][0] == steps[1][0]
+    for name, gradient in steps[0][1].items():
+        assert torch.equal(gradient, steps[1][1][name]), name
+    text = capture(model, (batch[0],), {}, toy)[0].stages["backward"]
+    assert text.count(" toy") == 2 * 3
 
 
 def test_fuel_bisects(monkeypatch):

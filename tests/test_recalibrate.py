@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import SmallNet, small_batch, step_gradients
+from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim.swa_utils import update_bn

@@ -61,7 +61,7 @@ def test_products_are_the_convolution_and_its_gradients(code, stride, padding):
 
 
 def test_dequantized_gradients_equal_float_gradients_of_the_dequantized_codes():
-    """s acc + z sum is the float product with q s + z: the algebra of NUMERICS 5, borders included."""
+    """s acc + z sum is the float product with q s + z: the algebra of docs/math.md 6, borders included."""
     g, w = torch.randn(4, 6, 5, 5), torch.randn(6, 3, 3, 3)
     sign = reference.code_values(reference.weight_bits(w), "sign")
     rows = torch.tensor([0, 2], dtype=torch.int32)

@@ -72,7 +72,7 @@ def test_every_reference_operation_has_a_gpu_kernel():
 def test_interpreter_equals_reference(group, record_property):
     """FQT_COMPILE_TRITON_LIMIT=0 runs all argument lists on all shapes (40 minutes)."""
     limit = os.environ.get("FQT_COMPILE_TRITON_LIMIT") or ("1" if group in SLOW_GROUPS else "2")
-    lines = run_interpreted(str(HERE / "triton_grid.py"), "--limit", limit, *GROUPS[group]).splitlines()
+    lines = run_interpreted(str(HERE / "support" / "triton_grid.py"), "--limit", limit, *GROUPS[group]).splitlines()
     by_operation = collections.defaultdict(list)
     for run in map(json.loads, lines):
         by_operation[run["operation"], run["strategy"]].append(run)
@@ -90,7 +90,7 @@ def test_offsets_of_64_bits(record_property):
     operations += ["activation_threshold", "quantize_channels"]
     operations += ["fused_activation", "max_pool_gradient", "gradient_moments"]
     layers = ["linear-one-row", "3x3-odd-channels", "1x1-stride-2"]
-    grid = [str(HERE / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
+    grid = [str(HERE / "support" / "triton_grid.py"), *operations, "--limit", "1", "--wide", "--layers", *layers]
     lines = run_interpreted(*grid).splitlines()
     assert len(lines) == len(layers) * (len(operations) + 2)  # products in two strategies
     record_property(COVERED, f"interpreter, 64-bit offsets | {', '.join(operations)} | {' '.join(layers)}")
@@ -103,7 +103,7 @@ def test_offset_type_leaves_room_for_the_last_block():
 
 SCALED_OUTPUT = """
 import torch
-from grid import LAYERS, calls
+from support.grid import LAYERS, calls
 from fqt_compile.kernels import gpu, reference
 from fqt_compile.kernels.gpu import products as gpu_products
 from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
@@ -128,7 +128,7 @@ def test_epilogue_of_the_output_product(record_property):
 EVERY_STATEMENT = """
 import warnings
 import torch
-from test_kernels import assert_same
+from support.equality import assert_same
 from fqt_compile.kernels import gpu, program
 from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 warnings.filterwarnings("ignore", message="fqt1bit: NaN or infinite")
@@ -169,7 +169,7 @@ def test_every_statement_of_programs_on_special_values(record_property):
 WHOLE_MODEL = """
 import json
 import torch
-from conftest import SmallNet, small_batch, step_gradients
+from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from fqt_compile.kernels.gpu import launch as gpu_launch

@@ -84,7 +84,9 @@ def scaled_output(product: Sequence[Any], weight_scale: Tensor, bias: Tensor | N
     """`output_product` of these arguments and its `reference.dequantize_output` in the same kernel, float32."""
     a = products.output_product.bind(product, {})
     products.output_product.contract(a)
-    y = torch.empty_like(products.output_product.results(a), dtype=torch.float32)
+    acc = products.output_product.results(a)
+    assert isinstance(acc, Tensor)
+    y = torch.empty_like(acc, dtype=torch.float32)
     _output_product(a, y, weight_scale, bias)
     return y
 

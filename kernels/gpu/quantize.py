@@ -51,7 +51,8 @@ def _groups(
 ) -> Groups:
     """The groups of known extremes; ``results`` are where to write scale and zero point."""
     groups, pieces = extremes[0].shape
-    made = Groups(*(g.new_empty(groups, dtype=torch.float32) for _ in range(3)), *results)
+    center, inverse, level = (g.new_empty(groups, dtype=torch.float32) for _ in range(3))
+    made = Groups(center, inverse, level, *results)
     operands = (*extremes, fold, *vars(made).values(), groups, pieces, 2**bits - 1)
     constants = {"GRID": grid, "BY_ROW": by_row, "FOLD": fold is not None}
     blocks = {"GROUPS": GROUPS, "PIECES": next_power_of_2(pieces)}

@@ -29,8 +29,10 @@ def channel_moments(a: Arguments, var: Tensor, mean: Tensor) -> None:
     sums, squares = (a.acc.new_empty(pieces, channels, dtype=torch.int64) for _ in range(2))
     made = spec("float", offset=offset_type(a.acc.numel()))
     grid, tile = (ceil_div(channels, CHANNELS), pieces), {"POSITIONS": POSITIONS, "CHANNELS": CHANNELS}
-    operands, sizes = (nhwc_memory(a.acc), sums, squares), (count, channels, piece)
-    launch(made, "integer_sums", grid, *operands, *sizes, SMALL=a.largest <= SMALL_LIMIT, **tile)
+    sizes = (count, channels, piece)
+    launch(
+        made, "integer_sums", grid, nhwc_memory(a.acc), sums, squares, *sizes, SMALL=a.largest <= SMALL_LIMIT, **tile
+    )
     operands = (sums, squares, a.weight_scale, a.bias, var, mean)
     flags = {"BIASED": a.bias is not None, "CHANNELS": CHANNELS}
     launch(made, "moments_of_sums", grid[:1], *operands, count, channels, pieces, **flags, warps=1)

@@ -1,6 +1,6 @@
 // Shared by every kernel: types, threads, lane sums, noise, and the few primitives that differ by ISA.
 // A rendered source is self-contained: templates are included as text, constants come from the Python modules
-// that define them (packing.py, reference.py, noise.py).
+// that define them (packing.py, reference/, noise.py).
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -1,0 +1,47 @@
+"""Which part of the large grids a run tests: another one every day, all of it with `make test-all`.
+
+``FQT_COMPILE_TEST_SEED=20261127 pytest`` repeats the choice of that day (the number stands in the header of every run),
+``pytest --all`` (or the seed ``all``) leaves nothing out. The choice depends on the seed and on names only, so that all
+workers of a run agree about it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import zlib
+from collections.abc import Sequence
+from typing import TypeVar
+
+ENVIRONMENT = "FQT_COMPILE_TEST_SEED"
+ALL = "all"
+T = TypeVar("T")
+
+
+def seed() -> str:
+    """Of this run: a number, or `ALL`. Set for the processes that the run starts, too."""
+    return os.environ.setdefault(ENVIRONMENT, datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
+
+
+def everything() -> bool:
+    return seed() == ALL
+
+
+def number(name: str) -> int:
+    """The same for the same name on one day."""
+    return zlib.crc32(f"{seed()} {name}".encode())
+
+
+def pick(name: str, items: Sequence[T]) -> T:
+    """One of the items."""
+    return items[number(name) % len(items)]
+
+
+def some(name: str, items: Sequence[T]) -> Sequence[T]:
+    """One of the items, or all with ``--all``."""
+    return items if everything() else [pick(name, items)]
+
+
+def one_in(count: int, name: str) -> bool:
+    """Is ``name`` of the part that this run tests?"""
+    return everything() or number(name) % count == 0
