@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fqt_compile.compare import ROLES
-from grid import LAYERS, calls
+from support.grid import LAYERS, calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fqt_compile import bench_phases
+from fqt_compile.bench import phases
+from fqt_compile.inspect.runs import ROLES
 from fqt_compile.kernels import cpu, dispatch, gpu
 from fqt_compile.kernels.cpu import native
 from fqt_compile.kernels.operands import Size
@@ -38,7 +38,7 @@ def test_every_operation_has_kernels_and_a_fake():
 
 
 def test_facts_have_known_values():
-    assert {made.phase for made in OPERATIONS.values()} == {*bench_phases.PACKED}
+    assert {made.phase for made in OPERATIONS.values()} == {*phases.PACKED}
     assert {made.role for made in OPERATIONS.values()} <= {"", *ROLES}
 
 
