@@ -43,6 +43,7 @@ def test_facts_have_known_values():
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.name in ("linear", "3x3-odd-channels")], ids=str)
+@pytest.mark.filterwarnings("ignore:fqt1bit. NaN or infinite")
 def test_fakes_are_like_the_results(layer):
     mode = FakeTensorMode()
 
