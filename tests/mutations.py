@@ -79,9 +79,9 @@ MUTATIONS = [
     ),
     Mutation(
         "noise of the rows for the channels, too (pass)",
-        "backward.py",
-        "    quantize = (g, rows, scale, kept, kept_scale, shared.seed, stream, config.gradient_bits)",
-        "    quantize = (g, rows, scale, kept, kept_scale, shared.seed, stream - 1, config.gradient_bits)",
+        "schemes.py",
+        "(self.layer.g, rows, scale, kept, kept_scale, self.layer.seed, stream, config.gradient_bits)",
+        "(self.layer.g, rows, scale, kept, kept_scale, self.layer.seed, stream - 1, config.gradient_bits)",
         ("tests/test_eager.py", "-k", "test_interpreted_graph_equals_eager_exactly"),
     ),
     Mutation(
