@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,20 +34,27 @@ from .passes.batch_norm import decompositions
 from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline
 
 CONVOLUTIONS = frozenset({torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default})
-SOURCES = ("*.py", "passes/*.py", "kernels/*.py", "kernels/templates/*", "kernels/templates/triton/*")
+PACKAGE = pathlib.Path(__file__).parent
 make_traceable()  # here, since torch.compile imports the backend before it traces
 
 
 @functools.cache
-def source_hash() -> str:
-    """Digest of everything a rewritten graph depends on besides the options."""
+def source_hash(package: pathlib.Path = PACKAGE) -> str:
+    """Digest of everything a rewritten graph depends on besides the options: every file of the package."""
     digest = hashlib.sha256(torch.__version__.encode())
-    here = pathlib.Path(__file__).parent
-    for pattern in SOURCES:
-        for path in sorted(here.glob(pattern)):
-            if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
+    for path in _sources(package):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def _sources(package: pathlib.Path) -> list[pathlib.Path]:
+    """Files of the package in all folders, in order. Path.rglob would stop at the links `passes` and `kernels`."""
+    files = []
+    for folder, _, names in os.walk(package, followlinks=True):
+        if not folder.endswith("__pycache__"):
+            files += [pathlib.Path(folder, name) for name in names]
+    return sorted(files)
 
 
 class FQTPass(CustomGraphPass):

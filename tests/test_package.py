@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fqt_compile.backend import source_hash
 
 ROOT = Path(__file__).parent.parent
 NEEDED = (
@@ -50,3 +53,27 @@ def test_sdist_and_wheel_are_complete_and_importable(tmp_path):
 def test_links_at_the_root_are_the_package():
     for name in ("passes", "kernels"):
         assert (ROOT / "fqt_compile" / name).resolve() == ROOT / name
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "installed"])
+def test_a_change_in_any_folder_changes_the_source_hash(tmp_path, links):
+    """It keys the caches of compiled graphs: a file that it misses would run with graphs of its old version."""
+    package = tmp_path / "fqt_compile"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fqt_compile", package, symlinks=links, ignore=ignored)
+    if links:
+        for name in ("passes", "kernels"):
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    folders = [Path(folder) for folder, _, names in os.walk(package, followlinks=True) if names]
+    assert {"fqt_compile", "passes", "kernels"} <= {folder.name for folder in folders}
+    assert any("templates" in folder.parts for folder in folders)
+    seen = {source_hash.__wrapped__(package)}
+    for folder in folders:
+        with open(min(path for path in folder.iterdir() if path.is_file()), "a") as file:
+            file.write("\n")
+        seen.add(source_hash.__wrapped__(package))
+    assert len(seen) == 1 + len(folders)
+    cached = package / "__pycache__"
+    cached.mkdir()
+    (cached / "module.pyc").write_bytes(b"compiled")
+    assert source_hash.__wrapped__(package) in seen
