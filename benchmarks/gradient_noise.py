@@ -2,8 +2,8 @@
 
     python benchmarks/gradient_noise.py --json benchmarks/results/zen3/gradient-noise.json
 
-Each net is trained for 20 steps with exact gradients first (at initialization gradients say little), then measured on 2
-batches of 64 images with 16 seeds (`fqt_compile.gradient_noise`).
+Each net is trained for 20 steps (``--steps``) with exact gradients first (at initialization gradients say little), then
+measured on 2 batches of 64 images with 16 seeds (`fqt_compile.gradient_noise`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
     "default, keep 1/2": {"keep": 0.5},
     "default, rows at the output": {"cut": "output"},
+    "default, keep 1": {"keep": 1.0},
 }
 
 
@@ -38,19 +39,22 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS))
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
     parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
     for name in arguments.nets:
-        model = trained(NETS[name], 20)
+        model = trained(NETS[name], arguments.steps)
         for label in arguments.configs:
             noise = fqt_compile.gradient_noise(model, batches(2), CONFIGS[label], arguments.seeds)
             found.setdefault(name, {})[label] = [dataclasses.asdict(layer) for layer in noise.layers]
             print(f"{name}, {label}\n{noise}", flush=True)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json({"seeds": arguments.seeds, "noise": found, **environment()}, arguments.json)
+        write_json(
+            {"seeds": arguments.seeds, "steps": arguments.steps, "noise": found, **environment()}, arguments.json
+        )
 
 
 if __name__ == "__main__":

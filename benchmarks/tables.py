@@ -202,10 +202,11 @@ def gradient_noise(folder: Path) -> Iterator[Row]:
     """Least and greatest over the packed layers of a net, relative to the exact gradient's square."""
     columns = [("grad_weight", "bias"), ("grad_weight", "variance"), ("grad_input", "variance")]
     header = [f"{'squared ' * (figure == 'bias')}{figure}, {of}" for of, figure in columns]
-    yield ("net", *(f"{what}: {which}" for what in header for which in ("`v1`", "now")))
+    yield ("net", *(f"{what}: {which}" for what in header for which in ("`v1`", "now")), "least possible, grad_input")
     for net, configs in read(folder, "gradient-noise")["noise"].items():
         layers = [configs["v1"], configs["default"]]
-        yield (NETS[net], *(spread(one, of, figure) for of, figure in columns for one in layers))
+        least = [layer["least_variance"] for layer in configs["default"] if layer["least_variance"] is not None]
+        yield (NETS[net], *(spread(one, of, figure) for of, figure in columns for one in layers), between(least))
 
 
 def gradient_noise_steps(folder: Path) -> Iterator[Row]:
@@ -221,10 +222,14 @@ def gradient_noise_steps(folder: Path) -> Iterator[Row]:
 
 def spread(layers: list[dict[str, Any]], of: str, figure: str) -> str:
     values = [layer[of][figure] for layer in layers if layer[of] is not None]
-    low, high = (digits(value) for value in (min(values), max(values)))
     errors = [layer[of]["bias_error"] for layer in layers if layer[of] is not None]
     error = f" (± {digits(max(errors))})" if figure == "bias" else ""
-    return (low if low == high else f"{low} .. {high}") + error
+    return between(values) + error
+
+
+def between(values: list[float]) -> str:
+    low, high = (digits(value) for value in (min(values), max(values)))
+    return low if low == high else f"{low} .. {high}"
 
 
 def digits(value: float) -> str:

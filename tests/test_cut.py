@@ -109,7 +109,7 @@ def test_both_find_the_same_place_in_random_graphs(cut):
         ]
         if any(site.packed and site.grad_output.meta["val"].shape[0] != SAMPLES for site in sites):
             continue  # layers with different numbers of rows choose their own
-        choice = rows.choose_rows(graph, sites, cut)
+        choice = rows._choose_rows(graph, sites, cut)
         if place is None:
             assert len(choice.cuts) == 0 or all(node.op == "placeholder" for node in choice.cuts), seed
         elif not flow.has_sample_rows(place):

@@ -292,6 +292,8 @@ class Between(nn.Module):
         (lambda m, x: torch.relu(m.b1(m.c1(x) + m.columns)), 32),  # as many columns as channels
         (lambda m, x: torch.relu(nn.functional.max_pool2d(m.b1(m.c1(x)) + m.b2(m.c2(x)), 2)), 8),
         (lambda m, x: torch.relu(m.b1(m.c1(x)).bool().float() * 0.3 - 0.1), 8),
+        (lambda m, x: torch.clamp(m.b1(m.c1(x)), min=-0.5), 8),  # one bound only
+        (lambda m, x: torch.clamp(m.b1(m.c1(x)), max=0.5), 8),
     ],
 )
 def test_what_a_review_found_wrong_equals_eager(function, width):
