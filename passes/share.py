@@ -7,21 +7,13 @@ import operator
 import torch
 from torch import fx
 
+from ..kernels.operations import OPERATIONS
 from .call import Call
 from .graph import provenance
 from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
-SHAREABLE = frozenset(
-    {
-        fqt.activation_threshold.default,
-        fqt.pack_activation.default,
-        fqt.quantize_weight.default,
-        fqt.transpose_weight.default,
-        fqt.unpack_activation.default,
-        fqt.unpack_weight.default,
-    }
-)
+SHAREABLE = frozenset(getattr(fqt, name).default for name, made in OPERATIONS.items() if made.shareable)
 
 
 @graph_pass(requires=("written-out BatchNorm", "tags"), ensures="shared operands", check=no_float_left)
