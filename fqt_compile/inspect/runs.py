@@ -13,20 +13,13 @@ from ..capture import run_captured
 from ..config import FQTConfig
 from ..eager_fqt.model import eager
 from ..interpret import NativeInterpreter, ReferenceInterpreter, compile_interpreted
+from ..kernels.operations import OPERATIONS
 from ..passes.graph import Provenance, provenance
 from ..passes.pipeline import UNOPTIMIZED, analyse, run_pipeline
 
 ROLES = ("output", "grad_input", "grad_weight")
-ROLE_OF = {
-    "output_product": "output",
-    "grad_input_product": "grad_input",
-    "dequantize_grad_input": "grad_input",
-    "grad_weight_product": "grad_weight",
-    "grad_weight": "grad_weight",
-    "weight_gradient": "grad_weight",
-}
-"""Which of a layer's values an operation computes; all others prepare operands."""
 OPERANDS = "operands"
+"""What an operation without a role of its own prepares."""
 Values = dict[tuple[str, str, str], Tensor]
 """(site, role, node) -> what the node returned."""
 Loss = Callable[[Any], Tensor]
@@ -136,7 +129,7 @@ class OperationRecorder(Recorder):
         made = provenance(n)
         if made is None or getattr(n.target, "namespace", None) != "fqt":
             return None
-        return made.site, ROLE_OF.get(n.target._schema.name.removeprefix("fqt::"), OPERANDS)  # type: ignore[union-attr]
+        return made.site, OPERATIONS[n.target._opname].role or OPERANDS  # type: ignore[union-attr]
 
 
 class ReferenceRecorder(OperationRecorder, ReferenceInterpreter):
