@@ -117,6 +117,29 @@ def test_cxx_may_have_arguments(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     use_library()
 
 
+def test_headers_are_precompiled_and_the_library_is_the_same(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_library()
+    (library,) = libraries(cache)
+    assert len(list(cache.glob("headers-*.h.gch"))) == 1
+    monkeypatch.setenv(CACHE_ENVIRONMENT, str(tmp_path / "without"))
+    monkeypatch.setattr(codegen, "_precompiled_headers", lambda *_: ())
+    assert codegen.build(TEMPLATE, "portable").read_bytes() == library.read_bytes()
+
+
+def test_a_compiler_without_precompiled_headers_builds(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    refuse = 'case "$*" in *c++-header*) exit 1;; esac'
+    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec {codegen.find_compiler()[0]} "$@"\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    use_library()
+    assert not list(cache.glob("*.gch"))
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o777, 0o702])
 def test_cache_writable_by_others_is_refused(cache: Path, mode: int) -> None:
     cache.mkdir()

@@ -1,18 +1,7 @@
 // Shared by every kernel: types, threads, lane sums, noise, and the few primitives that differ by ISA.
 // A rendered source is self-contained: templates are included as text, constants come from the Python modules
 // that define them (packing.py, reference/, noise.py).
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <utility>
-#include <vector>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+{% include "headers.h" %}
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
