@@ -15,6 +15,7 @@ from support.nets import SmallNet, small_batch, step_gradients
 from support.steps import interpreted
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torchvision.models.resnet import BasicBlock
 
 from fqt_compile import FQTConfig, compare, eager, fqt1bit
 from fqt_compile.backend import FQTPass, layout_patches
@@ -45,16 +46,21 @@ def test_native_equals_the_oracle(options):
         assert (native[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
-def vgg16_with_a_small_classifier() -> nn.Module:
+def resnet() -> nn.Module:
+    """ResNet-18, or with one block instead of two in each of its stages."""
+    return torchvision.models.ResNet(BasicBlock, [2 if sample.everything() else 1] * 4, num_classes=10)
+
+
+def vgg() -> nn.Module:
     """torchvision's features; its own classifier of 120 million weights takes the reference minutes."""
-    model = torchvision.models.vgg16_bn(num_classes=10)
+    model = (torchvision.models.vgg16_bn if sample.everything() else torchvision.models.vgg11_bn)(num_classes=10)
     model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 64), nn.Linear(64, 10))
     return model
 
 
 MODELS = {
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (4, 3, 32, 32)),
-    "vgg16_bn": (vgg16_with_a_small_classifier, (2, 3, 32, 32)),
+    "resnet": (resnet, (4, 3, 32, 32)),
+    "vgg": (vgg, (2, 3, 32, 32)),
     "vit": (
         lambda: torchvision.models.VisionTransformer(
             image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=128, num_classes=10
@@ -241,7 +247,7 @@ def test_the_layout_is_left_to_inductor_unless_all_convolutions_read_channels_la
         assert found.pop() == expected, (model, x.stride())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [*sample.some("half", [torch.bfloat16, torch.float16]), torch.float64])
 def test_other_dtypes(dtype):
     """bfloat16 and float16 are computed; float64 runs in float, with a warning that says so."""
     model, (x, y) = SmallNet().to(dtype), small_batch()

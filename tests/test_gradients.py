@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torchvision
+from support import sample
 from support.nets import SmallNet, small_batch, step_gradients
 from support.noise_nets import NETS, batches, trained, vgg_like
 from support.steps import interpreted
@@ -257,20 +258,19 @@ def thresholds(model: nn.Module, x: torch.Tensor) -> dict[str, str | None]:
 
 def test_which_threshold_a_layer_has_and_that_evaluation_has_the_same():
     resnet = torchvision.models.resnet18(num_classes=10)
-    found = thresholds(resnet, torch.randn(2, 3, 32, 32))
-    assert found["layer1.0.conv1"] == "channel"  # behind BatchNorm, ReLU and a max-pool
-    assert found["layer1.0.conv2"] == "channel"
-    assert found["layer1.1.conv1"] == "sample"  # behind a sum
+    of_resnet = thresholds(resnet, torch.randn(2, 3, 32, 32))
+    assert of_resnet["layer1.0.conv1"] == "channel"  # behind BatchNorm, ReLU and a max-pool
+    assert of_resnet["layer1.0.conv2"] == "channel"
+    assert of_resnet["layer1.1.conv1"] == "sample"  # behind a sum
     vgg = torchvision.models.vgg11_bn(num_classes=10)
     vgg.avgpool = nn.AdaptiveAvgPool2d(2)
     for position, sizes in ((0, (512 * 4, 64)), (3, (64, 64)), (6, (64, 10))):
         vgg.classifier[position] = nn.Linear(*sizes)
-    found = thresholds(vgg, torch.randn(2, 3, 32, 32))
-    assert set(found.values()) == {"channel", "sample"}
-    assert found["classifier.0"] == "channel"  # every feature has the threshold of its channel
-    assert found["classifier.3"] == "sample"  # ReLU without BatchNorm, and dropout
-    for model in (resnet, vgg):
-        training = thresholds(model.train(), torch.randn(2, 3, 32, 32))
+    of_vgg = thresholds(vgg, torch.randn(2, 3, 32, 32))
+    assert set(of_vgg.values()) == {"channel", "sample"}
+    assert of_vgg["classifier.0"] == "channel"  # every feature has the threshold of its channel
+    assert of_vgg["classifier.3"] == "sample"  # ReLU without BatchNorm, and dropout
+    for model, training in ((resnet, of_resnet), (vgg, of_vgg)):
         assert thresholds(model.eval(), torch.randn(2, 3, 32, 32)) == training
     assert "threshold of each channel" in str(explain(small_vgg(10), torch.randn(2, 3, 16, 16)))
 
@@ -286,7 +286,7 @@ def trained_for_a_moment(model: nn.Module, step, size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+@pytest.mark.parametrize("name", sample.some("prediction", ["resnet18", "vgg11_bn"]))
 def test_a_prediction_is_the_same_alone_in_any_batch_and_beside_outliers(name):
     torch.manual_seed(0)
     size = 32

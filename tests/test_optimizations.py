@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from support import sample
 from support.graphs import captured, captured_once, operations
 from support.nets import SmallNet, small_batch, step_gradients
 from support.steps import assert_same_step
@@ -92,19 +93,22 @@ class PreActivation(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("build", [PreActivation, lambda: small_vgg(10), lambda: SmallNet(norm=True)])
-def test_compaction_and_fusion_equal_eager_fqt(build):
+NETS = {"pre-activation": PreActivation, "vgg": lambda: small_vgg(10), "skips": lambda: SmallNet(norm=True)}
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_compaction_and_fusion_equal_eager_fqt(net):
     torch.manual_seed(3)
     x, y = small_batch(BATCH, 8)
-    assert_same_step(build(), x, y, tolerance=2e-3, inductor=True)
+    assert_same_step(NETS[net](), x, y, tolerance=2e-3, inductor=net in sample.some("inductor", list(NETS)))
 
 
 @pytest.mark.parametrize("options", [{"keep": 1}, {"scope": "layer"}, {"prune": "bernoulli"}], ids=str)
-@pytest.mark.parametrize("build", [PreActivation, lambda: small_vgg(10), lambda: SmallNet(norm=True)])
-def test_fusion_without_compaction_equals_eager_fqt(build, options):
+@pytest.mark.parametrize("net", NETS)
+def test_fusion_without_compaction_equals_eager_fqt(net, options):
     torch.manual_seed(3)
     x, y = small_batch(BATCH, 8)
-    assert_same_step(build(), x, y, tolerance=2e-3, **options)
+    assert_same_step(NETS[net](), x, y, tolerance=2e-3, **options)
 
 
 def test_bernoulli_is_not_compacted():
@@ -359,7 +363,7 @@ def test_explain_says_what_was_not_optimized_and_why():
 # -- options -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("network", ["small_vgg", "SmallNet"])
+@pytest.mark.parametrize("network", sample.some("autocast", ["small_vgg", "SmallNet"]))
 def test_autocast_with_max_pooling_and_skips(network):
     model, x, y = (small_vgg(10) if network == "small_vgg" else SmallNet(norm=True)), *small_batch(BATCH, 16)
     if network == "SmallNet":
