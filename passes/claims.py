@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from .call import Call
-from .graph import CASTS, TRANSPOSES, VIEWS, aten, first, is_backward, is_call, is_tensor, root, strip, value
+from .graph import CASTS, TRANSPOSES, VIEWS, aten, first, is_backward, is_call, is_tensor, position, root, strip, value
 from .local import same
 from .sites import Site, factors
 
@@ -111,7 +111,7 @@ def _claim(site: Site, nodes: Sequence[fx.Node], owner: bool, taken: set[fx.Node
         if fitting.role == "grad_weight":
             site.input_side = fitting.input_side
     if claims:
-        site.backward = min(products, key=lambda node: node._sort_key)
+        site.backward = min(products, key=position)
         site.reread()
     return None
 

@@ -21,7 +21,19 @@ from torch import fx
 from ..kernels.packing import INT16_LIMIT
 from ..kernels.program import FULL, POOL
 from .call import Call
-from .graph import Emitter, aten, is_backward, is_call, prims, site_of, strip, value
+from .graph import (
+    Emitter,
+    aten,
+    erase_unused,
+    is_backward,
+    is_call,
+    is_erased,
+    position,
+    prims,
+    site_of,
+    strip,
+    value,
+)
 from .local import is_not_positive, live_nodes
 from .moments import largest_output
 from .refusal import Refusal, name_of
@@ -45,10 +57,10 @@ def _fuse_activations(state: State, x_of: Callable[[fx.Node], fx.Node | None]) -
     """Fuse what leads to every ``x_of(node)``, a value that ``node`` packs."""
     emitter = Emitter(state.graph, "fuse")
     for pack in list(state.graph.nodes):
-        x = None if is_backward(pack) else x_of(pack)
+        x = None if is_erased(pack) or is_backward(pack) else x_of(pack)
         if x is None:
             continue
-        region = _match_activation(state.graph, x, live_nodes(state.graph))
+        region = _match_activation(x)
         if isinstance(region, Refusal):
             if is_call(pack, fqt.pack_activation.default):
                 state.refuse("fuse", pack, region)
@@ -69,9 +81,9 @@ def _packed_mask(node: fx.Node) -> fx.Node | None:
     return strip(Call(mask).self, {aten.alias.default}) if is_not_positive(mask) else None
 
 
-def _match_activation(graph: fx.Graph, x: fx.Node, live: set[fx.Node]) -> _ActivationRegion | Refusal:
+def _match_activation(x: fx.Node) -> _ActivationRegion | Refusal:
     """The program that computes the activation ``x``."""
-    region = _ActivationRegion(graph, live)
+    region = _ActivationRegion()
     absorbed, sources = region.absorb_private(x)
     if not absorbed and not region.is_max_pool(x, absorbed, x):
         return Refusal(f"its input is made by {name_of(x)}, which no program says")
@@ -96,9 +108,8 @@ def _match_activation(graph: fx.Graph, x: fx.Node, live: set[fx.Node]) -> _Activ
 class _ActivationRegion(Region):
     """The operators that only the activation needs; a max-pool may stand between two parts of them."""
 
-    def __init__(self, graph: fx.Graph, live: set[fx.Node]) -> None:
-        super().__init__(graph)
-        self.live = live
+    def __init__(self) -> None:
+        super().__init__()
         self.window: list[int] = []
 
     def absorb_private(self, x: fx.Node, only_for: fx.Node | None = None) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -111,7 +122,7 @@ class _ActivationRegion(Region):
         return self.absorb(x, is_read_outside)
 
     def _forward_users(self, node: fx.Node) -> list[fx.Node]:
-        return [u for u in node.users if u in self.live and not is_backward(u) and not _serves_backward(u)]
+        return [u for u in node.users if not is_backward(u) and not _serves_backward(u)]
 
     def is_max_pool(self, node: fx.Node, absorbed: list[fx.Node], x: fx.Node) -> bool:
         """Is ``node`` the values of a plain 2-D max-pool that nothing outside the region reads?"""
@@ -140,18 +151,18 @@ class _Readers:
     """Of the backward, which read the values from memory; others compute them again on the way."""
 
 
-def _readers(x: fx.Node, live: set[fx.Node]) -> _Readers:
+def _readers(x: fx.Node) -> _Readers:
     readers = _Readers([], [], [])
     packings = (fqt.activation_threshold.default, fqt.pack_activation.default)
     for user in x.users:
-        if user not in live or user.target in packings:
+        if user.target in packings:
             continue
         if is_backward(user):
             readers.later += [user] * (not is_supported(user, user))
             continue
         if _serves_backward(user):
             continue
-        masks = _negative_masks(user, live)
+        masks = _negative_masks(user)
         if masks is None:
             readers.others.append(user)
         else:
@@ -167,11 +178,11 @@ def _serves_backward(user: fx.Node) -> bool:
     return bool(readers) and all(readers)
 
 
-def _negative_masks(user: fx.Node, live: set[fx.Node]) -> list[fx.Node] | None:
+def _negative_masks(user: fx.Node) -> list[fx.Node] | None:
     """The ``pack_bool(x <= 0)`` that ``user`` leads to, if it leads to nothing else."""
-    users = [u for u in user.users if u in live]
+    users = list(user.users)
     if user.target is aten.alias.default:
-        found = [_negative_masks(u, live) for u in users]
+        found = [_negative_masks(u) for u in users]
         return None if any(f is None for f in found) else [mask for f in found for mask in f or []]
     if is_not_positive(user):
         return users if all(is_call(u, fqt.pack_bool.default) for u in users) else None
@@ -185,10 +196,9 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     rule = (threshold, "sample")
     if is_call(threshold, fqt.activation_threshold.default):
         rule = (None, Call(threshold).rule)
-    readers = _readers(x, region.live)
-    order = {node: i for i, node in enumerate(emitter.graph.nodes)}
-    anchor = min((*readers.masks, *readers.others, pack), key=order.__getitem__)
-    if after is not None and order[after] > order[anchor]:
+    readers = _readers(x)
+    anchor = min((*readers.masks, *readers.others, pack), key=position)
+    if after is not None and position(after) > position(anchor):
         anchor.prepend(after)  # the seed depends on nothing
     at = emitter.at(anchor, site_of(pack))
     code = "sign" if threshold is None else "threshold"
@@ -196,7 +206,8 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     keep = (bool(readers.others), bool(readers.masks))
     args = (operands, str(region.program), code, region.window, *keep, after, *rule)
     bits, mask, values, below = at.call("fused", fqt.fused_activation.default, *args)
-    for item in list(pack.users) if packing else []:
+    items = list(pack.users) if packing else []
+    for item in items:
         replacement = (bits, mask)[Call(item).index]
         replacement.meta.update({k: item.meta[k] for k in ("recompute",) if k in item.meta})
         item.replace_all_uses_with(replacement)
@@ -206,6 +217,7 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     if readers.others:
         kept = at.cast("fused", values, value(x).dtype)
         x.replace_all_uses_with(kept, delete_user_cb=lambda user: user in readers.others + readers.later)
+    erase_unused(x, *items, *readers.masks)
     fused: fx.Node = Call(bits).source
     return fused
 

@@ -20,8 +20,8 @@ from torch import fx
 
 from ..kernels.program import FULL, SECOND, VALUES
 from .call import Call, takes
-from .graph import Emitter, aten, is_backward, is_call, site_of, value
-from .local import is_pointwise, live_nodes
+from .graph import Emitter, aten, erase_unused, is_backward, is_call, is_erased, position, site_of, value
+from .local import is_pointwise
 from .refusal import Refusal, name_of
 from .region import Region, are_readable, is_supported, unreadable
 from .state import State, graph_pass, no_float_left
@@ -47,13 +47,14 @@ def fuse_gradients(state: State) -> None:
     graph = state.graph
     emitter = Emitter(graph, "fuse_gradients")
     for x in list(graph.nodes):
+        if is_erased(x):
+            continue
         readers = [user for user in x.users if user.target in READERS or is_convolution_gradient(user, x)]
         if not readers or not (is_pointwise(x) or is_supported(x, x)):
             continue
-        live = live_nodes(graph)
-        if _is_computed_in_readers(emitter, x, live):
+        if _is_computed_in_readers(emitter, x):
             continue
-        region = _match_gradient(graph, x, live)
+        region = _match_gradient(x)
         if isinstance(region, Refusal):
             state.refuse("fuse_gradients", readers[0], region)
         elif region.is_beside_packed() or any(user.target in READERS for user in readers):
@@ -66,26 +67,27 @@ def fuse_gradients(state: State) -> None:
     state.regions += [n for n in graph.nodes if takes(n, "operands", "text") and is_backward(n)]
 
 
-def _is_computed_in_readers(emitter: Emitter, x: fx.Node, live: set[fx.Node]) -> bool:
+def _is_computed_in_readers(emitter: Emitter, x: fx.Node) -> bool:
     """Let all readers of ``x`` compute it, if they can and if each reads one tensor for it; False if not."""
     regions: dict[fx.Node, _GradientRegion] = {}
-    for user, first in _readers_that_compute(x, live).items():
-        region = _match_gradient(emitter.graph, x, live, first)
+    for user, first in _readers_that_compute(x).items():
+        region = _match_gradient(x, first)
         if isinstance(region, Refusal) or not region.reads_one_tensor():
             return False
         regions[user] = region
     for user, region in regions.items():
         operands = region.arguments(emitter.at(user, site_of(user)))
         Call(user).replace(operands=operands, text=str(region.program))
+    erase_unused(x)
     return bool(regions)
 
 
-def _readers_that_compute(x: fx.Node, live: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+def _readers_that_compute(x: fx.Node) -> dict[fx.Node, fx.Node | None]:
     """Where pointwise operators and operations with a program, which can compute ``x``, are all that reads it.
 
     Those operations with the first operand that their program must have, if any; else nothing.
     """
-    users = [user for user in x.users if user in live and is_backward(user)]
+    users = [user for user in x.users if is_backward(user)]
     found = {user: first for user in users for first in _place_for_program(user, x)}
     return found if all(user in found or is_supported(user, user) for user in users) else {}
 
@@ -102,19 +104,17 @@ def _place_for_program(user: fx.Node, x: fx.Node) -> list[fx.Node | None]:
     return []
 
 
-def _match_gradient(
-    graph: fx.Graph, x: fx.Node, live: set[fx.Node], first: fx.Node | None = None
-) -> _GradientRegion | Refusal:
+def _match_gradient(x: fx.Node, first: fx.Node | None = None) -> _GradientRegion | Refusal:
     """What leads to ``x``; ``first``, if given, is the program's first operand whether it is read or not."""
     if not is_supported(x, x):
         return Refusal(f"its gradient is made by {name_of(x)}, which no program says")
 
     def is_in_memory(node: fx.Node, absorbed: list[fx.Node]) -> bool:
         # Readers in the forward do not count: for the backward the value would have to be saved.
-        readers = [user for user in node.users if user in live and is_backward(user)]
+        readers = [user for user in node.users if is_backward(user)]
         return node is not x and any(not is_supported(user, user) for user in readers)
 
-    region = _GradientRegion(graph)
+    region = _GradientRegion()
     absorbed, sources = region.absorb(x, is_in_memory)
     if len(sources) > MAX_FULL_OPERANDS:
         return Refusal(f"its gradient is computed from {len(sources)} tensors, at most {MAX_FULL_OPERANDS} are read")
@@ -132,8 +132,8 @@ def _match_gradient(
 class _GradientRegion(Region):
     """The pointwise operators that lead to a gradient."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        super().__init__(graph)
+    def __init__(self) -> None:
+        super().__init__()
         self.first: fx.Node | None = None
         self.sources: list[fx.Node] = []
 
@@ -157,8 +157,7 @@ def is_convolution_gradient(user: fx.Node, x: fx.Node) -> bool:
 def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, measured: list[fx.Node]) -> None:
     """``x`` by a fused operation, on the way the ranges that the quantizers ``measured`` need."""
     users = [user for user in x.users if is_backward(user)]
-    order = {node: i for i, node in enumerate(emitter.graph.nodes)}
-    at = emitter.at(x.next if is_backward(x) else min(users, key=order.__getitem__), site)
+    at = emitter.at(x.next if is_backward(x) else min(users, key=position), site)
     scales = {Call(user).weight_scale for user in measured if is_call(user, fqt.quantize_rows.default)}
     if len(scales) > 1:
         measured, scales = [], set()
@@ -169,6 +168,7 @@ def _replace(emitter: Emitter, x: fx.Node, region: Region, site: str, measured: 
         Call(user).replace(extremes=rows if is_call(user, fqt.quantize_rows.default) else channels)
     new = at.cast("fused", values, value(x).dtype)
     x.replace_all_uses_with(new, delete_user_cb=lambda user: user in users)
+    erase_unused(x)
     fused: fx.Node = Call(values).source
     for node in (fused, *fused.users):
         # Some depend on no tangent (a pool's input): the partitioner would compute and save them in the forward.

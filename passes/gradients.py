@@ -31,6 +31,7 @@ from .graph import (
     is_call,
     is_tensor,
     operator_of,
+    position,
     prims,
     site_of,
     strip,
@@ -117,7 +118,7 @@ class _Rewriter:
 
     def _save_bits(self, mask: fx.Node) -> fx.Node:
         """Bits of a comparison that autograd placed in the backward, made in the forward, right after its operand."""
-        source = max(_operands_of_copy(mask), key=list(self.graph.nodes).index)
+        source = max(_operands_of_copy(mask), key=position)
         following = source.next
         while following.op == "placeholder" or is_call(following, operator.getitem):
             following = following.next

@@ -112,6 +112,27 @@ def root(node: fx.Node) -> fx.Node:
     return strip(node, CASTS | TRANSPOSES | VIEWS)
 
 
+def position(node: fx.Node) -> Any:
+    """Orders nodes as they stand in the graph, also after insertions."""
+    return node._sort_key
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Has the node been taken out of its graph?"""
+    return node._erased
+
+
+def erase_unused(*nodes: fx.Node) -> None:
+    """Take out ``nodes`` that nothing reads, and what only they read: passes that ask who reads a value need it."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if is_erased(node) or node.users or node.op in ("placeholder", "output") or node.is_impure():
+            continue
+        pending += node.all_input_nodes
+        node.graph.erase_node(node)
+
+
 def is_training(graph: fx.Graph) -> bool:
     """True for a joint graph: it has tangents, or nodes of the backward part."""
     return any(is_backward(node) for node in graph.nodes)
@@ -123,6 +144,22 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """What a function of tensors computes, and how its results are nested."""
+
+    graph: fx.Graph
+    result_spec: Any
+
+
+def _described(leaf: Any) -> Any:
+    """What a trace depends on of an argument; itself where that is symbolic."""
+    fake = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
+    if isinstance(fake, torch.Tensor) and all(isinstance(s, int) for s in (*fake.shape, *fake.stride())):
+        return tuple(fake.shape), fake.stride(), fake.dtype, fake.device
+    return type(leaf), leaf
+
+
 class Emitter:
     """Adds call nodes with all the metadata Inductor and the partitioner need."""
 
@@ -130,6 +167,34 @@ class Emitter:
         self.graph = graph
         self.made_by = made_by
         self.fake_mode = fake_mode_of(graph)
+        self.traced: dict[Any, _Traced] = {}
+
+    def trace(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[_Traced, list[fx.Node]]:
+        """``function(*args, **kwargs)`` decomposed as for Inductor, and the nodes among the arguments.
+
+        Traced once for all operands of the same description: a model has hundreds of equal layers.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+        nodes = [leaves[i] for i in places]
+        key = (function, spec, *(_described(leaf) for leaf in leaves))
+        if key in self.traced:
+            return self.traced[key], nodes
+
+        result_spec: list[Any] = [None]
+
+        def call(*tensors: Any) -> list[Any]:
+            given = list(leaves)
+            for i, tensor in zip(places, tensors, strict=True):
+                given[i] = tensor
+            call_args, call_kwargs = tree_unflatten(given, spec)
+            results, result_spec[0] = tree_flatten(function(*call_args, **call_kwargs))
+            return results
+
+        with self.fake_mode, maybe_enable_thunkify(), torch.no_grad():
+            graph = make_fx(call, select_decomp_table())(*map(value, nodes)).graph
+        self.traced[key] = _Traced(graph, result_spec[0])
+        return self.traced[key], nodes
 
     def at(self, anchor: fx.Node, site: str) -> Insertion:
         """Insert before ``anchor``, in the same part of the graph, for ``site``."""
@@ -152,8 +217,7 @@ class Insertion:
         with self.emitter.graph.inserting_before(self.anchor):
             node = self.emitter.graph.call_function(target, args, kwargs)
         following = self._behind_operands(node)
-        with self.emitter.fake_mode, maybe_enable_thunkify():
-            result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
+        result = self._fake_result(node)
         self._describe(node, result, role)
         if not isinstance(result, tuple | list):
             return node
@@ -166,8 +230,8 @@ class Insertion:
 
     def _behind_operands(self, node: fx.Node) -> fx.Node:
         """Move a node that was put before the anchor behind operands defined later; the node that it is before then."""
-        latest = max(node.all_input_nodes, key=lambda n: n._sort_key, default=None)
-        if latest is None or latest._sort_key < node._sort_key:
+        latest = max(node.all_input_nodes, key=position, default=None)
+        if latest is None or position(latest) < position(node):
             return self.anchor
         following = latest.next
         following.prepend(node)
@@ -175,32 +239,22 @@ class Insertion:
 
     def inline(self, role: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Add what ``function(*args)`` computes, decomposed as for Inductor; its results with nodes for tensors."""
-        leaves, spec = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
-        result_spec: list[Any] = [None]
-
-        def call(*tensors: Any) -> list[Any]:
-            given = list(leaves)
-            for i, tensor in zip(places, tensors, strict=True):
-                given[i] = tensor
-            call_args, call_kwargs = tree_unflatten(given, spec)
-            results, result_spec[0] = tree_flatten(function(*call_args, **call_kwargs))
-            return results
-
-        with self.emitter.fake_mode, maybe_enable_thunkify(), torch.no_grad():
-            traced = make_fx(call, select_decomp_table())(*[value(leaves[i]) for i in places])
-        known = dict(
-            zip([n for n in traced.graph.nodes if n.op == "placeholder"], [leaves[i] for i in places], strict=True)
-        )
+        traced, nodes = self.emitter.trace(function, args, kwargs)
+        known = dict(zip([n for n in traced.graph.nodes if n.op == "placeholder"], nodes, strict=True))
         for node in traced.graph.nodes:
             if node.op == "call_function":
                 with self.emitter.graph.inserting_before(self.anchor):
                     known[node] = self.emitter.graph.node_copy(node, known.__getitem__)
                 self._behind_operands(known[node])
-                self._describe(known[node], node.meta["val"], role)
+                self._describe(known[node], self._fake_result(known[node]), role)
         (output,) = (n for n in traced.graph.nodes if n.op == "output")
         results = [known[r] if isinstance(r, fx.Node) else r for r in first(output)]
-        return tree_unflatten(results, result_spec[0])
+        return tree_unflatten(results, traced.result_spec)
+
+    def _fake_result(self, node: fx.Node) -> Any:
+        """What a node returns, of its operands' fake values: of its own, which Inductor takes for its memory."""
+        with self.emitter.fake_mode, maybe_enable_thunkify():
+            return operator_of(node)(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
         """Size of a dimension: an int, or a node where it is symbolic."""

@@ -20,7 +20,7 @@ from torch import fx
 
 from ..kernels.program import SECOND
 from .call import Call
-from .graph import VIEWS, Emitter, aten, is_backward, is_call, prims, provenance, site_of, strip, value
+from .graph import VIEWS, Emitter, aten, is_backward, is_call, position, prims, provenance, site_of, strip, value
 from .local import is_channel_vector, is_pointwise
 from .refusal import Refusal, name_of
 from .region import PASSED_ON
@@ -106,7 +106,7 @@ def _gradient_moments(graph: fx.Graph, match: Match) -> list[tuple[fx.Node, Refu
     """Replace the sums of BatchNorm's backward over a y that ``match`` knows. Returns what is left, and why."""
     refused = []
     for node in list(graph.nodes):
-        found = [_match_gradient_moments(graph, node, g, match(y), center) for g, y, center in _sum_of_products(node)]
+        found = [_match_gradient_moments(node, g, match(y), center) for g, y, center in _sum_of_products(node)]
         matched = next((m for m in found if isinstance(m, GradientMoments)), None)
         if matched is not None:
             _replace_sums(graph, matched)
@@ -117,17 +117,16 @@ def _gradient_moments(graph: fx.Graph, match: Match) -> list[tuple[fx.Node, Refu
 
 
 def _match_gradient_moments(
-    graph: fx.Graph, node: fx.Node, g: fx.Node, y: Dequantized | Refusal, center: fx.Node
+    node: fx.Node, g: fx.Node, y: Dequantized | Refusal, center: fx.Node
 ) -> GradientMoments | Refusal:
     if isinstance(y, Refusal):
         return y
     if y.alpha is None and not _is_float_moment(center):
         return PACKED_NOWHERE
-    order = {n: i for i, n in enumerate(graph.nodes)}
     totals = [u for u in g.users if u is not node and _is_batch_sum(u)]
     readers = [user for total in totals for user in total.users]
-    latest = max((n for n in (g, y.acc, y.alpha, y.bias, center) if n), key=order.__getitem__)
-    if order[latest] > min(order[n] for n in (node, *readers)):
+    latest = max((n for n in (g, y.acc, y.alpha, y.bias, center) if n), key=position)
+    if position(latest) > min(map(position, (node, *readers))):
         return Refusal("a sum of its gradient is read before the integers exist")
     return GradientMoments(node, totals, g, y, center, latest)
 

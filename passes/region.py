@@ -7,6 +7,7 @@ only); the rest becomes the statements of a program over the tensors that the re
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import operator
@@ -18,7 +19,7 @@ from torch import fx
 
 from ..kernels.program import BITS, CHANNEL, FULL, MAP, ROW, Program, Statement
 from .call import Call
-from .graph import Insertion, aten, first, is_call, is_tensor, prims, site_of, value
+from .graph import Insertion, aten, first, is_call, is_tensor, position, prims, site_of, value
 from .local import is_channel_vector, is_zero, same
 from .refusal import Refusal
 
@@ -99,8 +100,7 @@ def _vector_of(target: Any, a: Vector, b: Vector) -> Vector:
 class Region:
     """Pointwise operators of one shape, as statements over full, channel and bits operands."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self) -> None:
         self.operands: list[tuple[Vector, str]] = []
         self.statements: list[Statement] = []
         self._names: dict[Vector, str] = {}
@@ -122,14 +122,19 @@ class Region:
 
         ``is_read_outside(node, absorbed)``: must ``node`` exist in memory, given what the region has below it?
         """
-        wanted: set[fx.Node] = {x}
-        absorbed: list[fx.Node] = []
-        for node in reversed(self.graph.nodes):
-            if node in wanted and is_supported(node, x) and not is_read_outside(node, absorbed):
-                absorbed.append(node)
-                wanted.update(_full_inputs(node, x))
-        absorbed.reverse()
-        return absorbed, [n for n in self.graph.nodes if n in wanted and n not in absorbed]
+        seen: set[fx.Node] = {x}
+        pending, absorbed, sources = [x], [], []  # pending: in graph order
+        while pending:
+            node = pending.pop()
+            if not is_supported(node, x) or is_read_outside(node, absorbed):
+                sources.append(node)
+                continue
+            absorbed.append(node)
+            for operand in _full_inputs(node, x):
+                if operand not in seen:
+                    seen.add(operand)
+                    bisect.insort(pending, operand, key=position)
+        return absorbed[::-1], sources[::-1]
 
     def emit(self, absorbed: list[fx.Node], sources: list[fx.Node]) -> None:
         for source in sources:
@@ -311,6 +316,5 @@ def _bits(at: Insertion, bits: Any) -> fx.Node:
         return bits
     gather, mask, rows = bits
     made = [user for user in mask.users if is_call(user, gather) and Call(user).rows is rows]
-    order = {node: i for i, node in enumerate(at.emitter.graph.nodes)}
-    known = next((user for user in made if order[user] < order[at.anchor]), None)
+    known = next((user for user in made if position(user) < position(at.anchor)), None)
     return known or at.call("gather", gather, mask, rows)
