@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 from .errors import FQTWarning, KernelBuildError
-from .kernels.cache import cache_directory, replacing
+from .kernels.cache import cache_directory, keep, recalled
 from .passes.decide import unmatched_patterns
 from .passes.pipeline import State
 
@@ -52,16 +52,27 @@ def graph_key(gm: fx.GraphModule, example_inputs: Sequence[Any], uuid: Any) -> s
 def remember(key: str, messages: Sequence[str]) -> None:
     """Keep the messages of a compilation; without a writable cache they are lost."""
     with contextlib.suppress(OSError, KernelBuildError):
-        path = cache_directory() / f"notices-{key}.json"
-        if not messages:
-            path.unlink(missing_ok=True)
-            return
-        with replacing(path) as part:
-            part.write_text(json.dumps(list(messages)))
+        if messages:
+            keep(_path(key), list(messages))
+        else:
+            _path(key).unlink(missing_ok=True)
 
 
 def recall(key: str) -> list[str]:
-    """The messages kept for a compilation; none where nothing readable is kept."""
-    with contextlib.suppress(OSError, KernelBuildError, ValueError):
-        return [str(message) for message in json.loads((cache_directory() / f"notices-{key}.json").read_text())]
+    """The messages kept for a compilation; where they are unreadable, that there were some."""
+    with contextlib.suppress(OSError, KernelBuildError):
+        path = _path(key)
+        if not path.exists():
+            return []
+        messages = recalled(path)
+        if isinstance(messages, list) and all(isinstance(message, str) for message in messages):
+            return messages
+        return [
+            f"fqt1bit: what was said about this graph when it was compiled cannot be read ({path}); remedy: "
+            "fqt_compile.explain(model, ...) says it again; delete the file to hear no more of it"
+        ]
     return []
+
+
+def _path(key: str) -> Path:
+    return cache_directory() / f"notices-{key}.json"
