@@ -88,7 +88,7 @@ def scratch(path: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix, ignore_cleanup_errors=True) as name:
             yield Path(name)
     except OSError as error:
-        raise not_kept(path, error) from error
+        raise not_kept(path.parent, error) from error
 
 
 @contextlib.contextmanager

@@ -100,6 +100,7 @@ def _precompiled_headers(compiler: Command, flags: tuple[str, ...], directory: P
             with scratch(header) as folder:
                 made = folder / precompiled.name
                 if not run([*compiler, *flags, "-x", "c++-header", str(header)], made).made:
+                    header.unlink()
                     return ()
                 _publish(made, precompiled)
         return ("-include", str(header))

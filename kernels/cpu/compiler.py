@@ -82,7 +82,7 @@ class Result:
         if self.killed:
             reason, remedy = "was killed or found no memory, twice", "free memory and try again"
         elif self.says(*NO_SPACE):
-            reason = "cannot write its files"
+            reason = "found no space to write its files"
             remedy = f"free space there, or set {CACHE_ENVIRONMENT} to another directory"
         else:
             reason = f"failed with status {self.status}" if self.status else "reported success but wrote no library"
