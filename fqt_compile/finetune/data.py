@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from ..optional import optional_import
-from .sources import DataError, existing_folder, load_cifar10, load_digits, load_fashion_mnist, load_folder
+from .folders import existing_folder, load_folder
+from .sources import DataError, load_cifar10, load_digits, load_fashion_mnist
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
