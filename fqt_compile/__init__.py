@@ -6,6 +6,7 @@ explain         what is done with a model and why, without training it: a Report
 compare         one step, layer by layer, against the reference, eager FQT and float: a Comparison
 gradient_noise  bias and variance of a model's quantized gradients: a GradientNoise
 eager           a model that computes the definition, without a compiler
+save, load      weights with the options they were trained with, in a file
 recalibrate     BatchNorm's statistics for the weights as they are, before an evaluation
 """
 
@@ -16,6 +17,7 @@ from .inspect.compare import Comparison, compare
 from .inspect.explain import Report, explain
 from .inspect.noise import GradientNoise, gradient_noise
 from .recalibrate import recalibrate
+from .saving import load, save
 
 __all__ = [
     "Comparison",
@@ -27,6 +29,8 @@ __all__ = [
     "explain",
     "fqt1bit",
     "gradient_noise",
+    "load",
     "recalibrate",
+    "save",
 ]
 __version__ = "0.1.0"

@@ -123,7 +123,7 @@ def test_the_saved_state_has_the_recalibrated_statistics_and_gives_the_accuracy(
     data = job.load_data(settings.data, size=settings.size, limit=settings.limit, seed=settings.seed)
     trained, saved = tiny(10), tiny(10)
     trained.load_state_dict(state_of(settings, "checkpoint.pt")["model"])
-    saved.load_state_dict(state_of(settings, f"{method}.pt"))
+    saved.load_state_dict(state_of(settings, f"{method}.pt")["model"])
     assert job.evaluate(saved, saved, data, settings.batch) == report["methods"][method]["accuracy"]
     assert saved[1].num_batches_tracked == 3
     assert trained[1].num_batches_tracked > 3
@@ -172,8 +172,8 @@ def test_resume_is_exact(settings, tmp_path, epochs):
     for method, figures in whole["methods"].items():
         for key in ("loss_history", "accuracy_history", "saved_bytes"):
             assert resumed["methods"][method][key] == figures[key]
-        expected = torch.load(tmp_path / "whole" / f"{method}.pt", weights_only=True)
-        got = torch.load(settings.out / f"{method}.pt", weights_only=True)
+        expected = state_of(again(settings, out=tmp_path / "whole"), f"{method}.pt")["model"]
+        got = state_of(settings, f"{method}.pt")["model"]
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 

@@ -103,7 +103,7 @@ def _refuse_parts(folder: Path) -> None:
         names = " and ".join(f"{path.name}/" for path in parts)
         raise DataError(
             f"data {str(folder)!r}: got {names} with folders in it; accepted: train/ together with val/ or test/, or "
-            f"one folder per class; remedy: add or rename the missing part, or give --data {parts[0]}, whose images are "
+            f"one folder per class; remedy: add or rename the missing part, or give --data {parts[0]}, which is "
             "split 80/20"
         )
 

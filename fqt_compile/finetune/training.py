@@ -13,7 +13,9 @@ import copy
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +25,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import FQTConfig
-from ..errors import ConfigError, FQTError
+from ..errors import ConfigError, FQTError, FQTWarning
 from ..models import head_name, make_model
 from ..results import Step, environment, write_json
+from ..weights import HEADER, MODEL, check_finite, fit, header, read, unpack, write
 from .checkpoint import (
     FORMAT,
     PLOT,
     RESULTS,
+    CheckpointError,
     Workspace,
-    load_state,
     load_weights,
     open_workspace,
     read_weights,
-    save_state,
 )
 from .data import ImageData
 from .data import load as load_data
@@ -63,11 +65,11 @@ def compile_step(model: nn.Module, config: FQTConfig | None) -> Step:
 def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict[str, Any]:
     """Train every method of ``settings``, write checkpoints, results and plot into ``settings.out``.
 
-    Files there: ``checkpoint.pt`` (after every epoch), ``STAGE.pt`` (state dict at the end of each stage),
-    ``results.json`` and ``results.png``. ``STAGE.pt`` has the recalibrated running statistics, so that it gives the
-    accuracy reported, and the next stage begins with them; ``checkpoint.pt`` has those of the training, which is the
-    same with and without recalibration: weights, losses and all that is random. A resumed run gives bit for bit what
-    an uninterrupted one gives on the same machine with the same versions and threads.
+    Files there: ``checkpoint.pt`` (after every epoch), ``STAGE.pt`` (the weights at the end of each stage with its
+    options, for `fqt_compile.load`), ``results.json`` and ``results.png``. ``STAGE.pt`` has the recalibrated running
+    statistics, so that it gives the accuracy reported, and the next stage begins with them; ``checkpoint.pt`` has those
+    of the training, which is the same with and without recalibration: weights, losses and all that is random. A resumed
+    run gives bit for bit what an uninterrupted one gives on the same machine with the same versions and threads.
 
     Returns the contents of ``results.json``: ``settings``, ``data``, ``methods`` (see `report.summarize`)
     and `results.environment`.
@@ -134,6 +136,13 @@ class Trainer:
         model = make_model(settings.arch, classes=len(self.data.classes), size=settings.size)
         if settings.weights != "none":
             state = read_weights(settings.arch, settings.weights)
+            if unpack(state, settings.weights).config is not None and "float32" in settings.methods:
+                warnings.warn(
+                    f"weights {settings.weights} were trained with 1-bit layers and mean something else in float32, "
+                    "one of the methods; remedy: --methods qat,fqt",
+                    FQTWarning,
+                    stacklevel=2,
+                )
             for line in load_weights(model, state, head_name(model), settings.weights):
                 self.console.print(line, markup=False)
         return model
@@ -154,7 +163,9 @@ class Trainer:
         step = self._compile(stage, record)
         state = self.initial.state_dict()
         if stage.parent is not None:
-            state = load_state(self.workspace.stage_file(stage.parent), "state of the previous stage")
+            file = self.workspace.stage_file(stage.parent)
+            saved = unpack(read(file, "state of the previous stage"), file).tensors
+            state, _ = fit(self.model, saved, file)
         self.model.load_state_dict(state)
         torch.manual_seed(self.settings.seed)
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -165,13 +176,14 @@ class Trainer:
         finished = len(record["epochs"])
         if finished:  # only of the stage that the checkpoint interrupted
             assert self.resumed is not None
-            run.load_state_dict(self.resumed)
+            run.resume(self.resumed, self.workspace.checkpoint)
         with _progress(self.console) as progress:
             total = stage.epochs * len(loader)
             task = progress.add_task(stage.name, total=total, completed=finished * len(loader))
             for epoch in range(finished + 1, stage.epochs + 1):
                 where = f"stage {stage.name}, epoch {epoch}"
                 loss, seconds = run.train_epoch(where, lambda: progress.advance(task))
+                self._check_weights(where)
                 accuracy = self._evaluate(stage, step, last=epoch == stage.epochs)
                 warm = seconds[WARM_STEPS:] if epoch == finished + 1 else seconds
                 record["epochs"].append({"loss": loss, "accuracy": accuracy, "step_s": warm})
@@ -196,19 +208,28 @@ class Trainer:
         with recalibrated(step, self.model, self.data, batches=self.settings.recalibrate, batch=batch, seed=seed):
             accuracy = evaluate(step, self.model, self.data, batch)
             if last:
-                save_state(self.model.state_dict(), self.workspace.stage_file(stage.name))
+                content = {HEADER: header(stage.config), MODEL: self.model.state_dict()}
+                write(content, self.workspace.stage_file(stage.name))
         return accuracy
+
+    def _check_weights(self, where: str) -> None:
+        """The last step may have made NaN of the weights after a loss that was finite."""
+        try:
+            check_finite(self.model.state_dict(), {name for name, _ in self.model.named_parameters()}, where)
+        except CheckpointError as error:
+            raise DivergedError(f"{error} (--lr, --qat-lr, --head-lr)") from error
 
     def _save(self, stage: Stage, run: Running) -> None:
         state = {
             "format": FORMAT,
+            HEADER: header(stage.config),
             "settings": self.settings.record(),
             "data": self.fingerprint,
             "stage": stage.name,
             "history": self.history,
             **run.state_dict(),
         }
-        save_state(state, self.workspace.checkpoint)
+        write(state, self.workspace.checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +269,7 @@ class Running:
         return math.fsum(losses) / len(losses), seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """For an exact continuation after `load_state_dict`."""
+        """For an exact continuation after `resume`."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -257,12 +278,20 @@ class Running:
             "loader": self.generator.get_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        self.generator.set_state(state["loader"])
+    def resume(self, state: Mapping[str, Any], path: Path) -> None:
+        """Go on from the checkpoint ``path``. Raises `CheckpointError` where it is another run's."""
+        weights, _ = fit(self.model, state["model"], path)
+        try:
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["rng"])
+            self.generator.set_state(state["loader"])
+        except Exception as error:  # torch raises anything for what it has not written
+            raise CheckpointError(
+                f"checkpoint {path}: does not belong to this run ({error}); accepted: one of this command and model; "
+                "remedy: a good copy, or start again with --overwrite"
+            ) from error
 
 
 def _progress(console: Console) -> Progress:
