@@ -92,8 +92,8 @@ def load(
     plain.load_state_dict(fitting, strict=False)
     if not compile:
         return plain
-    backend = {} if config is None else {"backend": fqt1bit, "options": dataclasses.asdict(config)}
-    compiled: Any = torch.compile(plain, **backend)
+    options = {} if config is None else dataclasses.asdict(config)
+    compiled: Any = torch.compile(plain, backend=fqt1bit, options=options) if config else torch.compile(plain)
     assert isinstance(compiled, nn.Module)  # as `torch.compile` makes of a module
     return compiled
 
@@ -129,8 +129,8 @@ def _config(weights: Weights, path: Path, options: Options | None) -> FQTConfig 
         return saved
     if weights.says and saved is None:
         raise ConfigError(
-            f"options: got some, but the weights in {path} were trained in float; accepted: none; remedy: to train them "
-            'on with 1-bit layers, load with compile=False and torch.compile(model, backend="fqt1bit", options=...)'
+            f"options: got some, but the weights in {path} were trained in float; accepted: none; remedy: to train "
+            'them on with 1-bit layers, load with compile=False, then torch.compile(model, backend="fqt1bit", ...)'
         )
     if saved is None or isinstance(options, FQTConfig) or "preset" in options:
         config = FQTConfig.from_options(options)

@@ -1,13 +1,15 @@
 """Files of weights: what they say about themselves, and whether they fit a model.
 
-Everything is checked before anything is changed. A file of ours is a dictionary written by ``torch.save``: ``"fqt1bit"`` has the format, the version of the package and
-the options that the weights were trained with (None: in float), ``"model"`` has the state dict. No model takes that for
-its own state dict: ``load_state_dict`` of the file says that ``fqt1bit`` is not expected.
+Everything is checked before anything is changed. A file of ours is a dictionary written by ``torch.save``: "fqt1bit"
+has the format, the version of the package and the options that the weights were trained with (None: in float), "model"
+has the state dict. No model takes that for its own state dict: ``load_state_dict`` of the file says that ``fqt1bit`` is
+not expected.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -77,7 +79,9 @@ def read(path: Path, what: str) -> dict[str, Any]:
                 broken = archive.testzip()
             if broken is not None:
                 raise CheckpointError(f"{what} {path}: wrong checksum of {broken}; {remedy}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of tensors that are refused anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # torch.load raises anything on a broken file
@@ -167,8 +171,8 @@ def check_finite(tensors: Mapping[str, Any], parameters: Collection[str], what: 
             wrong += [name] if bool(bad.any()) else []
     if wrong:
         raise CheckpointError(
-            f"{what}: NaN or infinite values in {', '.join(wrong[:SHOWN])}; accepted: finite weights; nothing is written; "
-            "remedy: go back to the last good weights, with a lower learning rate"
+            f"{what}: NaN or infinite values in {', '.join(wrong[:SHOWN])}; accepted: finite weights; nothing is "
+            "written; remedy: go back to the last good weights, with a lower learning rate"
         )
 
 

@@ -271,3 +271,12 @@ def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingPackageError, match=r"scikit-learn .*pip install 'fqt-compile\[demo\]'"):
         data.load("digits")
+
+
+def test_a_package_built_for_another_torch_names_the_remedy(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(MissingPackageError, match=r"torchvision .*nms does not exist\); install it"):
+        data.load("digits")
