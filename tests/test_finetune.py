@@ -328,9 +328,7 @@ def test_starting_from_one_bit_weights_says_so(settings, tmp_path):
     console = Console(record=True, file=io.StringIO(), width=200)
     finetune(again(settings, methods=("fqt",)), console)
     assert 'trained with 1-bit layers, {"activation"' in console.export_text()
-    with pytest.warns(
-        FQTWarning, match=r"mean something else in float32, one of the methods; remedy: --methods qat,fqt"
-    ):
+    with pytest.warns(FQTWarning, match="something else in float32, one of the methods; remedy: --methods qat,fqt"):
         finetune(again(settings, overwrite=True), quiet())
 
 
@@ -436,7 +434,7 @@ def test_a_folder_that_cannot_be_locked_or_cleared(settings, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with pytest.raises(OutputError, match="cannot be locked .*No locks available"):
+    with pytest.raises(OutputError, match=r"cannot be locked .*No locks available"):
         finetune(settings, quiet())
 
 
