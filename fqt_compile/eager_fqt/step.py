@@ -37,9 +37,9 @@ class Step:
         self._norms: set[Node] = set()
 
     def seed(self) -> int:
-        """The step's seed, drawn from torch's default generator the first time it is wanted."""
+        """The step's seed, drawn the first time it is wanted, as the compiled graph does."""
         if self._seed is None:
-            self._seed = int(torch.randint(0, 2**62, ()))
+            self._seed = int(noise.draw_seed(torch.device("cpu")))
         return self._seed
 
     def keys(self, stream: int) -> tuple[int, int]:
