@@ -24,6 +24,7 @@ from torch._prims_common import is_contiguous_for_memory_format_or_false, is_con
 from . import inductor
 from .config import FQTConfig
 from .cumulative import make_traceable
+from .data_parallel import keep_graphs_whole
 from .errors import ConfigError
 from .interpret import ReferenceInterpreter, TritonInterpreter, compile_interpreted
 from .kernels.cpu.codegen import find_compiler
@@ -36,6 +37,7 @@ from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipelin
 CONVOLUTIONS = frozenset({torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default})
 PACKAGE = pathlib.Path(__file__).parent
 make_traceable()  # here, since torch.compile imports the backend before it traces
+keep_graphs_whole()
 
 
 @functools.cache

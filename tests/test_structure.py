@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fqt_compile"
 FLOORS = (
     ("errors",),
-    ("batches", "config", "cumulative", "kernels", "optional"),
+    ("batches", "config", "cumulative", "data_parallel", "kernels", "optional"),
     ("cli_options", "models", "passes", "recalibrate", "results"),
     ("inductor", "interpret", "notices"),
     ("backend",),
