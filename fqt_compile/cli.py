@@ -93,7 +93,7 @@ def finetune(
     """Train with float32, QAT and FQT under one schedule and compare accuracy, speed and memory."""
     from rich.console import Console
 
-    from .finetune import PLOT, RESULTS, FinetuneSettings, table
+    from .finetune import PLOT, RESULTS, FinetuneSettings, started_by_torchrun, table
     from .finetune import finetune as run
 
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
@@ -120,7 +120,7 @@ def finetune(
         resume=resume,
         overwrite=overwrite,
     )
-    console = Console()
+    console = Console(quiet=not started_by_torchrun().leads)
     console.print(table(run(settings, console)))
     console.print(f"written: {out / RESULTS}, {out / PLOT}", markup=False, soft_wrap=True)
 

@@ -20,6 +20,7 @@ CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"
 PLOT = "results.png"
 LOCK = ".lock"
+ADDED = {"processes": 1}  # settings that older checkpoints do not name, and what they had
 KEYS = {
     "format",
     "settings",
@@ -166,7 +167,7 @@ class Workspace:
                 "continue with the version that wrote it, or start again with --overwrite"
             )
         for name in sorted({*settings, *state["settings"]}):
-            was, now = state["settings"].get(name), settings.get(name)
+            was, now = state["settings"].get(name, ADDED.get(name)), settings.get(name)
             if was != now:
                 raise CheckpointError(
                     f"--resume: setting {name!r} is {now!r}, but the checkpoint was written with {was!r}; "

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..config import FQTConfig
 from ..errors import ConfigError, FQTError
+from ..kernels import noise
 from ..models import head_name, make_model
 from ..results import Step, environment, write_json
 from .checkpoint import (
@@ -33,13 +35,13 @@ from .checkpoint import (
     Workspace,
     load_state,
     load_weights,
-    open_workspace,
     read_weights,
     save_state,
 )
 from .data import ImageData
 from .data import load as load_data
 from .evaluation import evaluate, recalibrated
+from .ranks import Ranks, joined, workspace_of
 from .report import probe, summarize, write_plot
 from .settings import FinetuneSettings, Stage, plan
 
@@ -69,6 +71,9 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict
     same with and without recalibration: weights, losses and all that is random. A resumed run gives bit for bit what
     an uninterrupted one gives on the same machine with the same versions and threads.
 
+    Under torchrun the processes share every batch, the images of the recalibration and the test set. They see one
+    ``settings.out``, in which rank 0 alone writes; its timings are reported, and all processes return the results.
+
     Returns the contents of ``results.json``: ``settings``, ``data``, ``methods`` (see `report.summarize`)
     and `results.environment`.
 
@@ -78,46 +83,54 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with open_workspace(settings.out, resume=settings.resume, overwrite=settings.overwrite) as workspace:
-        data = load_data(
-            settings.data,
-            root=settings.data_root,
-            size=settings.size,
-            limit=settings.limit,
-            seed=settings.seed,
-        )
-        if len(data.train_labels) < settings.batch:
-            raise ConfigError(
-                f"setting 'batch': got {settings.batch}; accepted: at most {len(data.train_labels)}, the "
-                "number of training images; lower --batch or raise --limit"
-            )
-        trainer = Trainer(settings, data, workspace, console or Console())
-        methods = trainer.run()
-        report = {
-            "settings": settings.record(),
-            "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)},
-            "methods": summarize(methods),
-            **environment(),
-        }
-        write_json(report, settings.out / RESULTS)
-        write_plot(report, settings.out / PLOT)
+    with joined() as ranks:
+        ranks.require_divisible(settings.batch)
+        with workspace_of(ranks, settings.out, resume=settings.resume, overwrite=settings.overwrite) as workspace:
+            data = _load(settings)
+            trainer = Trainer(settings, data, workspace, console or Console(quiet=not ranks.leads), ranks)
+            methods = trainer.run()
+            report = {
+                "settings": trainer.record,
+                "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels)},
+                "methods": summarize(methods),
+                **environment(),
+            }
+            if ranks.leads:
+                write_json(report, settings.out / RESULTS)
+                write_plot(report, settings.out / PLOT)
     return report
+
+
+def _load(settings: FinetuneSettings) -> ImageData:
+    names = ("size", "limit", "seed")
+    data = load_data(settings.data, root=settings.data_root, **{name: getattr(settings, name) for name in names})
+    if len(data.train_labels) < settings.batch:
+        raise ConfigError(
+            f"setting 'batch': got {settings.batch}; accepted: at most {len(data.train_labels)}, the "
+            "number of training images; lower --batch or raise --limit"
+        )
+    return data
 
 
 class Trainer:
     """Runs the stages of a plan one after another, with a checkpoint after every epoch."""
 
-    def __init__(self, settings: FinetuneSettings, data: ImageData, workspace: Workspace, console: Console) -> None:
+    def __init__(
+        self, settings: FinetuneSettings, data: ImageData, workspace: Workspace, console: Console, ranks: Ranks
+    ) -> None:
         self.settings, self.data, self.workspace, self.console = settings, data, workspace, console
+        self.ranks, self.batch = ranks, ranks.require_divisible(settings.batch)
+        self.record = {**settings.record(), "processes": ranks.world}
         self.fingerprint = data.fingerprint()
         self.resumed: dict[str, Any] | None = None
         if settings.resume:
-            self.resumed = workspace.load_checkpoint(settings.record(), self.fingerprint)
+            self.resumed = workspace.load_checkpoint(self.record, self.fingerprint)
         self.history: dict[str, dict[str, Any]] = self.resumed["history"] if self.resumed else {}
         self.initial = self._initial_model()
         self.head = head_name(self.initial)
         self.model = self.initial
         self.step: Step | None = None  # the compiled self.model
+        self.trained: Step | None = None  # the same; of several processes, with the mean of their gradients
         self.compiled_config: FQTConfig | None = None
 
     def run(self) -> dict[str, list[dict[str, Any]]]:
@@ -138,30 +151,34 @@ class Trainer:
                 self.console.print(line, markup=False)
         return model
 
-    def _compile(self, stage: Stage, record: dict[str, Any]) -> Step:
-        """The compiled step for the stage's arithmetic: a new one unless the last stage had the same."""
-        if self.step is None or self.compiled_config != stage.config:
+    def _compile(self, stage: Stage, record: dict[str, Any]) -> tuple[Step, Step]:
+        """The compiled step for the stage's arithmetic, alone and for training; new unless it is the last stage's."""
+        if self.step is None or self.trained is None or self.compiled_config != stage.config:
             self.model = copy.deepcopy(self.initial)
             self.step, self.compiled_config = compile_step(self.model, stage.config), stage.config
+            self.trained = self.step
+            if self.ranks.world > 1:
+                assert isinstance(self.step, nn.Module)  # as `torch.compile` makes of a module
+                self.trained = DistributedDataParallel(self.step)
             self.console.print(f"{stage.name}: compiling")
-            images = self.data.normalize(self.data.train_images[: self.settings.batch])
-            record.setdefault("probe", probe(self.step, self.model, images))
-        return self.step
+            images = self.data.normalize(self.data.train_images[: self.batch])
+            record.setdefault("probe", probe(self.trained, self.model, images))
+        return self.step, self.trained
 
     def _train(self, stage: Stage) -> None:
         config = None if stage.config is None else stage.config.canonical()
         record = self.history.setdefault(stage.name, {"config": config, "epochs": []})
-        step = self._compile(stage, record)
+        step, trained = self._compile(stage, record)
         state = self.initial.state_dict()
         if stage.parent is not None:
             state = load_state(self.workspace.stage_file(stage.parent), "state of the previous stage")
         self.model.load_state_dict(state)
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.settings.seed ^ noise.rank_bits(self.ranks.rank))  # dropout of its own
         generator = torch.Generator().manual_seed(self.settings.seed)
-        loader = self.data.train_loader(self.settings.batch, generator)
+        loader = self.data.train_loader(self.settings.batch, generator, self.ranks)
         optimizer = self._optimizer(stage)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, stage.epochs * len(loader))
-        run = Running(step, self.model, loader, generator, optimizer, scheduler)
+        run = Running(trained, self.model, loader, generator, optimizer, scheduler, self.ranks)
         finished = len(record["epochs"])
         if finished:  # only of the stage that the checkpoint interrupted
             assert self.resumed is not None
@@ -192,23 +209,26 @@ class Trainer:
 
         That file comes before the checkpoint: one that calls a stage finished must find it.
         """
-        batch, seed = self.settings.batch, self.settings.seed
-        with recalibrated(step, self.model, self.data, batches=self.settings.recalibrate, batch=batch, seed=seed):
-            accuracy = evaluate(step, self.model, self.data, batch)
-            if last:
+        settings, ranks = self.settings, self.ranks
+        images = {"batches": settings.recalibrate, "batch": settings.batch, "seed": settings.seed}
+        with recalibrated(step, self.model, self.data, **images, ranks=ranks):
+            accuracy = evaluate(step, self.model, self.data, self.batch, ranks)
+            if last and ranks.leads:
                 save_state(self.model.state_dict(), self.workspace.stage_file(stage.name))
         return accuracy
 
     def _save(self, stage: Stage, run: Running) -> None:
         state = {
             "format": FORMAT,
-            "settings": self.settings.record(),
+            "settings": self.record,
             "data": self.fingerprint,
             "stage": stage.name,
             "history": self.history,
             **run.state_dict(),
         }
-        save_state(state, self.workspace.checkpoint)
+        if self.ranks.leads:
+            save_state(state, self.workspace.checkpoint)
+        self.ranks.wait()  # the next stage begins with what was saved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,12 +241,14 @@ class Running:
     generator: torch.Generator  # of the loader's order
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    ranks: Ranks
 
     def train_epoch(self, where: str, advance: Callable[[], object]) -> tuple[float, list[float]]:
         """One pass over the training set: mean cross-entropy (nats), and the seconds of each step.
 
-        A step is zero_grad, forward, loss, backward and optimizer; loading the images is not in it.
-        Raises `DivergedError` when the loss is NaN or infinite; ``where`` opens its message.
+        A step is zero_grad, forward, loss, backward and optimizer; loading the images is not in it. The loss is that of
+        all processes' images. Raises `DivergedError`, in all of them, when it is NaN or infinite; ``where`` opens its
+        message.
         """
         self.model.train()
         losses, seconds = [], []
@@ -238,7 +260,7 @@ class Running:
             self.optimizer.step()
             seconds.append(time.perf_counter() - start)
             self.scheduler.step()
-            losses.append(loss.item())
+            losses.append(self.ranks.mean(loss.item()))
             if not math.isfinite(losses[-1]):
                 raise DivergedError(
                     f"{where}, step {number}: the training loss is {losses[-1]}; the checkpoint before this "
@@ -248,12 +270,12 @@ class Running:
         return math.fsum(losses) / len(losses), seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """For an exact continuation after `load_state_dict`."""
+        """For an exact continuation after `load_state_dict`; every process calls it. ``rng`` is of all of them."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": self._random_states(),
             "loader": self.generator.get_state(),
         }
 
@@ -261,11 +283,17 @@ class Running:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
+        rng = state["rng"]
+        torch.set_rng_state(rng[self.ranks.rank] if isinstance(rng, list) else rng)
         self.generator.set_state(state["loader"])
+
+    def _random_states(self) -> Tensor | list[Tensor]:
+        """Of torch's default generator: one, or one of each process."""
+        states = self.ranks.gathered(torch.get_rng_state())
+        return states if self.ranks.world > 1 else states[0]
 
 
 def _progress(console: Console) -> Progress:
     """Bars on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    return Progress(*columns, console=console, disable=not console.is_terminal or console.quiet)
