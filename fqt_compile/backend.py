@@ -24,7 +24,7 @@ from torch._prims_common import is_contiguous_for_memory_format_or_false, is_con
 from . import inductor
 from .config import FQTConfig
 from .cumulative import make_traceable
-from .data_parallel import keep_graphs_whole
+from .data_parallel import announce_hidden_blocks, keep_graphs_whole
 from .errors import ConfigError
 from .interpret import ReferenceInterpreter, TritonInterpreter, compile_interpreted
 from .kernels.cpu.codegen import find_compiler
@@ -102,6 +102,7 @@ def fqt1bit(
         raise ConfigError(f"mode: got {mode!r}; accepted: none, the fqt1bit backend takes options={{...}} instead")
     if unknown.pop("dynamic", None) is not None or unknown:
         raise ConfigError(f"unknown backend arguments {sorted(unknown)}; accepted: options")
+    announce_hidden_blocks()
     joint_pass = FQTPass(config, parameter_names(gm, example_inputs))
     if config.lowering == "eager":
         return compile_interpreted(gm, example_inputs, joint_pass, ReferenceInterpreter)
