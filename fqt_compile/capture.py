@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from .backend import FQTPass, parameter_names
 from .config import FQTConfig
+from .data_parallel import unwrapped
 from .errors import CaptureError
 from .interpret import compile_interpreted
 from .notices import announce, notices
@@ -177,7 +178,7 @@ def run_captured(
 
 def _fresh_call(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function with a code object of its own, since Dynamo's caches hang on code objects."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)

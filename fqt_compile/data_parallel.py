@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.backends.distributed import DDPOptimizer
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import FQTWarning
 
@@ -54,6 +56,17 @@ def _is_ours(backend: Any) -> bool:
         backend = inner
         inner = next((getattr(backend, name) for name in WRAPPED if hasattr(backend, name)), None)
     return str(getattr(backend, "__module__", "")).partition(".")[0] == PACKAGE
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside of the wrappers of torch.compile and DDP, whichever is outside."""
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def announce_hidden_blocks() -> None:

@@ -63,8 +63,8 @@ def rank() -> int:
 def rank_bits(rank: int) -> int:
     """The bits in which a rank's seeds differ from those of rank 0, which has none.
 
-    Processes that train together are often seeded alike. With equal noise, averaging their gradients would not average
-    the noise away.
+    Processes that train together are often seeded alike. With equal noise their errors would be correlated, and
+    averaging gradients would gain less: nothing on equal data (docs/math.md, section 10).
     """
     return rank * RANK_MULTIPLIER % SEEDS
 

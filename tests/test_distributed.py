@@ -120,3 +120,17 @@ def test_noise_of_ranks_averages_out(monkeypatch):
     one, other = drawn(0), drawn(1)
     ratio = ((one + other) / 2).var(0).sum() / one.var(0).sum()
     assert 0.35 < ratio < 0.7
+
+
+def test_reports_look_through_ddp(tmp_path):
+    """DDP needs a group even in one process; what is inside is what is explained, and computed by its definition."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, (x, y) = rank_worker.small(), small_batch()
+        parallel = torch.nn.parallel.DistributedDataParallel(torch.compile(model, backend="fqt1bit"))
+        assert [site.decision for site in fqt_compile.explain(parallel, x).sites] == ["float", "packed", "float"]
+        wanted = step_gradients(fqt_compile.eager(model), x, y)
+        assert step_gradients(fqt_compile.eager(parallel), x, y)[0] == wanted[0]
+        assert fqt_compile.gradient_noise(parallel, [(x, y)], seeds=2).layers
+    finally:
+        torch.distributed.destroy_process_group()

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..capture import SiteReport, capture
 from ..config import FQTConfig
+from ..data_parallel import unwrapped
 from ..errors import CaptureError, ConfigError
 from .calls import (
     BATCH_NORM_ARGUMENTS,
@@ -51,10 +52,10 @@ def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None)
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     settings = FQTConfig.from_options(config)
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
-    copied = copy.deepcopy(model, shared)
+    copied: Any = copy.deepcopy(model, shared)
     cls = getattr(model, "_fqt_class", type(model))  # of a copy by this function: that of what was copied
     members = {"forward": _eager_forward, "__module__": __name__, "_fqt_class": cls}
     copied.__class__ = type(f"EagerFQT{cls.__name__}", (cls,), members)
