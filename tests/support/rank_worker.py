@@ -103,7 +103,7 @@ def wrapped(model: nn.Module, way: str) -> nn.Module:
         compiled = torch.compile(model, backend="fqt1bit", options=EAGER)
         return DistributedDataParallel(compiled, bucket_cap_mb=BUCKET_MB, find_unused_parameters=True)
     del model.unused
-    parallel = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB)
+    parallel = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, static_graph=True)
     return torch.compile(parallel, backend="fqt1bit", options=EAGER)
 
 
