@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+ROOT = Path(__file__).parents[1]
 CLASSES = 10
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """Model, positional and named arguments."""
@@ -246,67 +249,39 @@ def timm_cases() -> list[Case]:
 # transformers -----------------------------------------------------------------------------------------------------
 
 TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+GROUPED = {**TEXT, "num_key_value_heads": 2}
+EMBEDDED = {**TEXT, "embedding_size": 64}
+DISTILLED = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+MAMBA = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}
+OPT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 128, "word_embed_proj_dim": 64}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+SIDES = {"layers": 2, "attention_heads": 4, "ffn_dim": 128}
+BART = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in SIDES.items()}
+SWIN = {"image_size": 32, "patch_size": 2, "window_size": 2, "embed_dim": 32}
+SEGFORMER = {"hidden_sizes": [32, 64, 64, 64], "depths": [1, 1, 1, 1], "decoder_hidden_size": 64}
 VOCABULARY, LENGTH = 100, 16
 TEXTS: dict[str, tuple[str, dict[str, Any]]] = {
     "BertForSequenceClassification": ("BertConfig", TEXT),
     "RobertaForMaskedLM": ("RobertaConfig", TEXT),
-    "DistilBertForSequenceClassification": (
-        "DistilBertConfig",
-        {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4},
-    ),
-    "AlbertForSequenceClassification": ("AlbertConfig", {**TEXT, "embedding_size": 64}),
-    "ElectraForSequenceClassification": ("ElectraConfig", {**TEXT, "embedding_size": 64}),
+    "DistilBertForSequenceClassification": ("DistilBertConfig", DISTILLED),
+    "AlbertForSequenceClassification": ("AlbertConfig", EMBEDDED),
+    "ElectraForSequenceClassification": ("ElectraConfig", EMBEDDED),
     "DebertaV2ForSequenceClassification": ("DebertaV2Config", TEXT),
-    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    "GPT2LMHeadModel": ("GPT2Config", GPT2),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", TEXT),
-    "LlamaForCausalLM": ("LlamaConfig", {**TEXT, "num_key_value_heads": 2}),
-    "Qwen2ForCausalLM": ("Qwen2Config", {**TEXT, "num_key_value_heads": 2}),
-    "MixtralForCausalLM": ("MixtralConfig", {**TEXT, "num_key_value_heads": 2, "num_local_experts": 4}),
-    "MambaForCausalLM": ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
-    "OPTForCausalLM": (
-        "OPTConfig",
-        {
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_dim": 128,
-            "word_embed_proj_dim": 64,
-        },
-    ),
-    "T5ForConditionalGeneration": (
-        "T5Config",
-        {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
-    ),
-    "BartForConditionalGeneration": (
-        "BartConfig",
-        {
-            "d_model": 64,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 128,
-            "decoder_ffn_dim": 128,
-        },
-    ),
+    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
+    "Qwen2ForCausalLM": ("Qwen2Config", GROUPED),
+    "MixtralForCausalLM": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}),
+    "MambaForCausalLM": ("MambaConfig", MAMBA),
+    "OPTForCausalLM": ("OPTConfig", OPT),
+    "T5ForConditionalGeneration": ("T5Config", T5),
+    "BartForConditionalGeneration": ("BartConfig", {"d_model": 64, **BART}),
 }
 PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "ViTForImageClassification": ("ViTConfig", {**TEXT, "image_size": 32, "patch_size": 8}),
-    "SwinForImageClassification": (
-        "SwinConfig",
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "window_size": 2,
-            "embed_dim": 32,
-            "depths": [1, 1, 1],
-            "num_heads": [2, 4, 8],
-        },
-    ),
-    "SegformerForSemanticSegmentation": (
-        "SegformerConfig",
-        {"hidden_sizes": [32, 64, 64, 64], "depths": [1, 1, 1, 1], "decoder_hidden_size": 64},
-    ),
+    "SwinForImageClassification": ("SwinConfig", {**SWIN, "depths": [1, 1, 1], "num_heads": [2, 4, 8]}),
+    "SegformerForSemanticSegmentation": ("SegformerConfig", SEGFORMER),
 }
 
 
@@ -314,13 +289,15 @@ def quiet(options: dict[str, Any], config: type) -> Any:
     """A configuration without dropout and caches: its two runs with the same seed compute the same."""
     made = config(**options)
     for name, given in made.to_dict().items():
-        if isinstance(given, float) and ("drop" in name):
+        if isinstance(given, float) and "drop" in name:
             setattr(made, name, 0.0)
     made.use_cache = False
     return made
 
 
 def _transformer(name: str, configuration: str, options: dict[str, Any], picture: bool) -> Built:
+    # It imports a package named kernels if there is one, and would find the folder of that name in a checkout.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
     import transformers
 
     sizes = {"num_labels": CLASSES} if picture else {"vocab_size": VOCABULARY, "max_position_embeddings": 64}

@@ -28,17 +28,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_steps import STAGES, Measurement
+from model_zoo import Case, all_cases
 
 from fqt_compile.backend import source_hash
 from fqt_compile.kernels.cache import machine_name
 from fqt_compile.results import environment, write_json
 
 ROOT = Path(__file__).parents[1]
-# transformers imports a package named kernels if there is one, and finds the folder of that name in a checkout.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
-from model_steps import STAGES, Measurement
-from model_zoo import Case, all_cases
-
 SETTINGS = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 """Of every process: whole compile times, on one core."""
 SOURCES = ("model_zoo.py", "model_steps.py")
