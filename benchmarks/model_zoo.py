@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parents[1]
 CLASSES = 10
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 """Model, positional and named arguments."""
@@ -297,7 +296,7 @@ def quiet(options: dict[str, Any], config: type) -> Any:
 
 def _transformer(name: str, configuration: str, options: dict[str, Any], picture: bool) -> Built:
     # It imports a package named kernels if there is one, and would find the folder of that name in a checkout.
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
+    sys.path[:] = [path for path in sys.path if not Path(path, "kernels", "packing.py").exists()]
     import transformers
 
     sizes = {"num_labels": CLASSES} if picture else {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
