@@ -73,7 +73,7 @@ class Measurement:
             return
         self.part("captured", self.captured)
         if self.stage >= STAGES.index("oracle"):
-            self.part("oracle", lambda: self.step("oracle", self.compiled(lowering="eager")))
+            self.part("oracle", self.oracle)
             self.part("eager", lambda: self.step("eager", fqt_compile.eager(self.model)))
             self.part("eager compared", lambda: self.compared("oracle", "eager"))
         if self.stage >= STAGES.index("native"):
@@ -120,6 +120,16 @@ class Measurement:
     def compiled(self, **options: Any) -> Callable[..., Any]:
         return torch.compile(self.model, backend="fqt1bit", options=options, dynamic=False)
 
+    def oracle(self) -> None:
+        """The oracle, and how far moving every parameter in its last places moves it."""
+        compiled, jitter = self.compiled(lowering="eager"), 0.0
+        self.step("oracle", compiled)
+        for seed in range(JITTERED):
+            with parameters_moved(self.model, seed):
+                moved = difference(self.one_step(compiled, reset=False), self.steps["oracle"])
+            jitter = max(jitter, moved["largest"], moved["loss"])
+        self.record["jitter"] = jitter
+
     def step(self, name: str, forward: Callable[..., Any], again: bool = False) -> None:
         """``again``: a second step, so that the difference of the two is the time of compiling."""
         made = self.steps[name] = self.one_step(forward)
@@ -144,20 +154,8 @@ class Measurement:
         if way not in self.steps or other not in self.steps:
             return
         found = difference(self.steps[way], self.steps[other])
-        exact = way == "kernels"
-        if found["largest"] > ROUNDING and not exact and "jitter" not in self.record:
-            self.record["jitter"] = self.jittered()
-        found["verdict"] = verdict(found, self.record.get("jitter"), exact)
+        found["verdict"] = verdict(found, self.record.get("jitter"), exact=way == "kernels")
         self.record[f"{way} - {other}"] = found
-
-    def jittered(self) -> float:
-        """The largest difference that a change of every parameter in its last places makes to the oracle."""
-        oracle, largest = self.compiled(lowering="eager"), 0.0
-        for seed in range(JITTERED):
-            with parameters_moved(self.model, seed):
-                moved = self.one_step(oracle, reset=seed == 0)
-            largest = max(largest, difference(moved, self.steps["oracle"])["largest"])
-        return largest
 
 
 def by_kernels(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -75,10 +75,13 @@ def summary(report: dict[str, Any]) -> Iterator[Row]:
 def failures(report: dict[str, Any]) -> Iterator[Row]:
     """Every error and every difference without an explanation."""
     yield ("model", "part", "what")
-    for name, record in report["models"].items():
-        for part, error in record["errors"].items():
-            yield (name, part, f"{error['line']} ({error['frame']})".replace("|", "\\|"))
-        for key in COMPARED:
-            found = record.get(key, {})
-            if found.get("verdict") == "unexplained":
-                yield (name, key, f"{largest(found):.1e}, most in `{found['where']}`")
+    found = [(name, *row) for name, record in report["models"].items() for row in failures_of(record)]
+    yield from found or [("none", "-", "-")]
+
+
+def failures_of(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for part, error in record["errors"].items():
+        yield part, f"{error['line']} ({error['frame']})".replace("|", "\\|")
+    for key in COMPARED:
+        if record.get(key, {}).get("verdict") == "unexplained":
+            yield key, f"{largest(record[key]):.1e}, most in `{record[key]['where']}`"
