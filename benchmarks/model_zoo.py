@@ -102,7 +102,7 @@ def _shallow(name: str) -> Built:
     making: dict[str, Callable[[], nn.Module]] = {
         "vit": lambda: models.VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128, **few),
         "convnext": lambda: models.ConvNeXt(blocks, **few),
-        "densenet": lambda: models.DenseNet(32, (2, 2, 2, 2), 64, **few),
+        "densenet": lambda: models.DenseNet(32, (2, 2), 64, **few),
         "resnet_bottleneck": lambda: models.ResNet(resnet.Bottleneck, [1, 2, 1, 1], **few),
         "resnext": lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4, **few),
         "wide_resnet": lambda: models.ResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=128, **few),

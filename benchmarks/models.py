@@ -12,7 +12,6 @@ has a process and a time limit of its own. The record is written after each.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fnmatch
 import hashlib
 import json
@@ -118,27 +117,32 @@ def run(case: Case, stage: str, timeout: float) -> dict[str, Any]:
             "--worker",
             str(path),
         ]
-        process = subprocess.Popen(
-            command,
+        with subprocess.Popen(
+            [*command, "--worker", str(path)],
             env=os.environ | SETTINGS,
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-        )
-        try:
-            _, said = process.communicate(timeout=timeout)
-            ended = None if process.returncode == 0 else f"exit status {process.returncode}: {last_line(said)}"
-        except subprocess.TimeoutExpired:
-            ended = f"longer than {timeout:g} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        ) as process:
+            ended = wait(process, timeout)
         record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stage": stage, "errors": {}}
     if ended is not None:
         record["errors"][record.get("running") or "start"] = {"line": ended, "frame": "none of ours", "last": ""}
     record.pop("running", None)
     record["total_s"] = round(time.perf_counter() - start, 1)
     return record
+
+
+def wait(process: subprocess.Popen[bytes], timeout: float) -> str | None:
+    """Wait for a process; how it ended, if not well. If it does not end in time, it is ended with what it started."""
+    try:
+        _, said = process.communicate(timeout=timeout)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        if isinstance(error, subprocess.TimeoutExpired):
+            return f"longer than {timeout:g} s"
+        raise
+    return None if process.returncode == 0 else f"exit status {process.returncode}: {last_line(said)}"
 
 
 def last_line(said: bytes) -> str:

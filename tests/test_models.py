@@ -15,7 +15,7 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("models", "model_steps", "model_zoo", "model_tables")
-REPRESENTATIVES = ("vit", "convnext", "densenet", "resnext", "swin", "squeezenet1_0")
+REPRESENTATIVES = ("vit", "convnext", "densenet", "swin", "squeezenet1_0")
 
 
 @pytest.fixture
