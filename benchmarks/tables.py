@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import model_tables
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARKED = re.compile(r"(<!-- table: ([\w-]+) ([\w ]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -265,6 +267,9 @@ TABLES: dict[str, Callable[..., Iterator[Row]]] = {
     "float-dtype": float_dtype,
     "gradient-noise": gradient_noise,
     "gradient-noise-steps": gradient_noise_steps,
+    "models": lambda folder: model_tables.models(read(folder, "models")),
+    "models-summary": lambda folder: model_tables.summary(read(folder, "models")),
+    "models-failures": lambda folder: model_tables.failures(read(folder, "models")),
 }
 
 

@@ -11,31 +11,41 @@ import functools
 import hashlib
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._prims_common import is_contiguous_for_memory_format_or_false, is_contiguous_or_false
 
 from . import inductor
+from .attention import keep_attention_visible
 from .config import FQTConfig
 from .cumulative import make_traceable
+from .data_parallel import announce_hidden_blocks, keep_graphs_whole, tracing
 from .errors import ConfigError
 from .interpret import ReferenceInterpreter, TritonInterpreter, compile_interpreted
 from .kernels.cpu.codegen import find_compiler
-from .kernels.cpu.memory import keep_freed_memory
+from .kernels.cpu.fork import survive_forks
+from .kernels.cpu.memory import excess, keep_freed_memory
 from .kernels.gpu.launch import require_triton
-from .notices import announce, graph_key, notices, recall, remember
+from .notices import graph_key, notices, recall, remember
+from .origin import model_of, names_of
 from .passes.batch_norm import decompositions
-from .passes.pipeline import PIPELINE, State, fuel_from_environment, run_pipeline
+from .passes.names import Names
+from .passes.pipeline import PIPELINE, State, fuel_from_environment, is_strict, run_pipeline
+from .status import GraphStatus, Record, record_of
+from .watch import watch_first_steps
 
 CONVOLUTIONS = frozenset({torch.conv2d, torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default})
 PACKAGE = pathlib.Path(__file__).parent
 make_traceable()  # here, since torch.compile imports the backend before it traces
+keep_attention_visible()
+keep_graphs_whole()
+watch_first_steps()
 
 
 @functools.cache
@@ -63,24 +73,37 @@ class FQTPass(CustomGraphPass):
     def __init__(
         self,
         config: FQTConfig,
-        names: Sequence[str | None],
+        names: Names,
         on_state: Callable[[State], None] | None = None,
         observe: Callable[[str, str], None] | None = None,
     ) -> None:
-        self.config, self.names, self.on_state, self.observe = config, tuple(names), on_state, observe
+        self.config, self.names, self.on_state, self.observe = config, names, on_state, observe
         self.messages: list[str] | None = None
-        """What was said about the graph; None before the pass has run."""
+        """What is to be said about the graph; None before the pass has run."""
+        self.status: GraphStatus | None = None
+        self.before = other_pass()
 
     def __call__(self, graph: fx.Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
         state = run_pipeline(graph, self.config, self.names, self.observe)
-        self.messages = notices(state)
-        announce(self.messages)
+        self.messages, self.status = notices(state), GraphStatus.of(state)
         if self.on_state is not None:
             self.on_state(state)
 
     def uuid(self) -> Any:
         steps = [step.name for step in PIPELINE]
-        return source_hash(), self.config.canonical(), repr(self.names), fuel_from_environment(), repr(steps)
+        before = None if self.before is None else self.before.uuid()
+        if self.before is not None and before is None:
+            return None
+        settings = (self.config.canonical(), fuel_from_environment(), is_strict(self.config))
+        return before, source_hash(), repr(self.names.identity()), repr(steps), *settings
+
+
+def other_pass() -> CustomGraphPass | None:
+    """The user's own pass over joint graphs, which runs before ours (ours would take its place)."""
+    configured: Any = torch._inductor.config.joint_custom_pre_pass
+    return None if configured is None or isinstance(configured, FQTPass) else configured
 
 
 def fqt1bit(
@@ -100,7 +123,59 @@ def fqt1bit(
         raise ConfigError(f"mode: got {mode!r}; accepted: none, the fqt1bit backend takes options={{...}} instead")
     if unknown.pop("dynamic", None) is not None or unknown:
         raise ConfigError(f"unknown backend arguments {sorted(unknown)}; accepted: options")
-    joint_pass = FQTPass(config, parameter_names(gm, example_inputs))
+    announce_hidden_blocks()
+    model = model_of(gm, example_inputs)
+    joint_pass, record = FQTPass(config, names_of(gm, example_inputs, model)), record_of(model)
+    compiled = _compiled(gm, example_inputs, config, joint_pass)
+    messages, status = joint_pass.messages or [], joint_pass.status
+    if status is None:  # Inductor had it in its cache
+        messages, status = recall(graph_key(gm, example_inputs, joint_pass.uuid()))
+    record.announce([*messages, *at_recompile_limit()])
+    if status is not None:
+        record.add(status, config.report)
+    return _watched(compiled, record)
+
+
+def _watched(compiled: Callable[..., Any], record: Record) -> Callable[..., Any]:
+    """``compiled``; called for the same parameters again, after the model's first step, it checks what was left out.
+
+    One graph serves all blocks of a kind that are compiled one by one.
+    """
+    seen: set[int] = set()
+
+    def run(*args: Any) -> Any:
+        excess.give_back()
+        if not record.checked:
+            parameters = {id(x) for x in args if isinstance(x, torch.nn.Parameter)}
+            if parameters and parameters <= seen:
+                record.check()
+            seen.update(parameters)
+            record.ran |= parameters
+        return compiled(*args)
+
+    return run
+
+
+def at_recompile_limit() -> list[str]:
+    """Beyond its limit Dynamo runs the original function, in float: said when the limit is reached."""
+    traced, limit = tracing(), torch._dynamo.config.recompile_limit
+    if traced is None:
+        return []
+    code = traced.f_code
+    if len(_debug_get_cache_entry_list(code)) + 1 != limit:
+        return []
+    where = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+    return [
+        f"fqt1bit: {where} was compiled {limit} times, which is torch's limit: another variant will run uncompiled, in "
+        "float. Remedy: TORCH_LOGS=recompiles says what changes; dynamic=True, or a higher "
+        "torch._dynamo.config.recompile_limit"
+    ]
+
+
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: FQTConfig, joint_pass: FQTPass
+) -> Callable[..., Any]:
+    """The graph by the lowering that is asked for."""
     if config.lowering == "eager":
         return compile_interpreted(gm, example_inputs, joint_pass, ReferenceInterpreter)
     if config.lowering == "triton":
@@ -111,6 +186,7 @@ def fqt1bit(
         require_triton(["cuda"])
     else:
         find_compiler()
+        survive_forks()
         if config.reuse_memory:
             keep_freed_memory()
     # Donated buffers save a little memory and forbid retain_graph=True; torch checks the setting again when the
@@ -120,10 +196,8 @@ def fqt1bit(
     inductor.register()
     patches = {"joint_custom_pre_pass": joint_pass, **layout_patches(gm)}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions())
-    if joint_pass.messages is None:  # Inductor had it in its cache
-        announce(recall(key))
-    else:
-        remember(key, joint_pass.messages)
+    if joint_pass.status is not None and joint_pass.messages is not None:
+        remember(key, joint_pass.messages, joint_pass.status)
     return compiled
 
 
@@ -150,25 +224,3 @@ def _is_channels_last(x: Any) -> bool:
 def device_types(example_inputs: Sequence[Any]) -> set[str]:
     """``cpu``, ``cuda``, ... of the tensors among a graph's inputs."""
     return {example.device.type for example in example_inputs if isinstance(example, torch.Tensor)}
-
-
-def parameter_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str | None]:
-    """Module path of every graph input that is a parameter; None for other inputs."""
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    names: list[str | None] = []
-    for node, example in zip(inputs, example_inputs, strict=False):
-        is_parameter = isinstance(example, torch.nn.Parameter)
-        names.append(_module_path(node) if is_parameter else None)
-    return names
-
-
-def _module_path(node: fx.Node) -> str:
-    """``L['self']._modules['layer1']._modules['0']._parameters['weight']`` -> ``layer1.0``."""
-    source = getattr(node, "_dynamo_source", None)
-    text = source.name if source is not None else node.name
-    text = text() if callable(text) else text
-    path = re.findall(r"_modules\['([^']+)'\]", text)
-    parameter = re.findall(r"_parameters\['([^']+)'\]", text)
-    if parameter and parameter[-1] != "weight":
-        path.append(parameter[-1])
-    return ".".join(path) or "(model)"

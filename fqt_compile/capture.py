@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .backend import FQTPass, parameter_names
+from .backend import FQTPass
 from .config import FQTConfig
+from .data_parallel import unwrapped
 from .errors import CaptureError
 from .interpret import compile_interpreted
 from .notices import announce, notices
+from .origin import names_in_model
 from .passes.graph import describe, first, value
+from .passes.names import Names
 from .passes.pipeline import State, run_pipeline
 from .passes.refusal import NotOptimized
 from .passes.region import FusedProgram
@@ -93,7 +96,7 @@ def capture(
     graphs: list[CapturedGraph] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        analysis = _Analysis(config, parameter_names(gm, example_inputs), rewrite, example_inputs)
+        analysis = _Analysis(config, names_in_model(gm, example_inputs), rewrite, example_inputs)
         interpreter = _Unexecuted if rewrite else fx.Interpreter
         compiled = compile_interpreted(gm, example_inputs, analysis, interpreter, analysis.see_partition)
         graphs.append(analysis.result())
@@ -108,9 +111,7 @@ def capture(
 class _Analysis(FQTPass):
     """The joint pass of a capture: records stages and sites; rewrites the graph itself only if asked to."""
 
-    def __init__(
-        self, config: FQTConfig, names: Sequence[str | None], rewrite: bool, inputs: Sequence[Any] = ()
-    ) -> None:
+    def __init__(self, config: FQTConfig, names: Names, rewrite: bool, inputs: Sequence[Any] = ()) -> None:
         self.stages: dict[str, str] = {}
         super().__init__(config, names, observe=self.stages.__setitem__)
         self.rewrite, self.inputs = rewrite, inputs
@@ -177,7 +178,7 @@ def run_captured(
 
 def _fresh_call(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function with a code object of its own, since Dynamo's caches hang on code objects."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)

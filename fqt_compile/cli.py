@@ -45,10 +45,11 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(**arguments: Any) -> None:
         try:
             command(**arguments)
-        except (FQTError, OSError) as error:
-            if arguments["debug"]:
+        except Exception as error:
+            message = _in_our_words(error)
+            if message is None or arguments["debug"]:
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from error
         except KeyboardInterrupt as interrupt:
             print("interrupted; a fine-tuning run continues with --resume", file=sys.stderr)
@@ -93,7 +94,7 @@ def finetune(
     """Train with float32, QAT and FQT under one schedule and compare accuracy, speed and memory."""
     from rich.console import Console
 
-    from .finetune import PLOT, RESULTS, FinetuneSettings, table
+    from .finetune import PLOT, RESULTS, FinetuneSettings, started_by_torchrun, table
     from .finetune import finetune as run
 
     flags = {"bits": bits, "keep": keep, "scope": scope, "grad": grad, "preset": preset}
@@ -120,7 +121,7 @@ def finetune(
         resume=resume,
         overwrite=overwrite,
     )
-    console = Console()
+    console = Console(quiet=not started_by_torchrun().leads)
     console.print(table(run(settings, console)))
     console.print(f"written: {out / RESULTS}, {out / PLOT}", markup=False, soft_wrap=True)
 
@@ -248,6 +249,21 @@ def bench(
     if out is not None:
         write_json({"command": shlex.join(["fqt1bit", *sys.argv[1:]]), **report}, out)
         console.print(f"written: {out}", markup=False, soft_wrap=True)
+
+
+def _in_our_words(error: Exception) -> str | None:
+    """The sentence of an error that is ours or the system's, also inside of what torch.compile makes of it; else None.
+
+    Of another failure of torch.compile its first line, since its traceback is torch's and not the user's.
+    """
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, FQTError | OSError):
+            return str(inner)
+        last, inner = inner, getattr(inner, "inner_exception", None) or inner.__cause__
+    if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+        return f"torch cannot compile the model: {type(last).__name__}: {last}; --debug shows the traceback"
+    return None
 
 
 def main() -> None:

@@ -197,8 +197,17 @@ class FQTConfig:
     reuse_memory: bool = option(
         True,
         FLAG,
-        "the C library keeps freed memory for the next step, in the whole process and for good (glibc): page faults "
-        "would cost as much as the products",
+        "the C library keeps freed memory for the next step, in the whole process (glibc): page faults would cost as "
+        "much as the products; what is far more than the steps need is given back",
+    )
+    report: bool = option(
+        True, FLAG, "write one line by the logger 'fqt_compile' when a model is compiled: how many layers are packed"
+    )
+    strict: bool = option(
+        False,
+        FLAG,
+        "for tests: a pass that cannot handle a graph raises, instead of leaving the layer in float or the region "
+        "unoptimized, with the reason",
     )
     lowering: str = option(
         "native",

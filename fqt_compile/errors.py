@@ -27,7 +27,7 @@ class TritonMissingError(FQTError, RuntimeError):
 
 
 class KernelBuildError(FQTError, RuntimeError):
-    """The C++ compiler was found but failed on a generated source."""
+    """A kernel could not be compiled, kept in the cache or loaded from it."""
 
 
 class NonFiniteError(FQTError, FloatingPointError):

@@ -1,39 +1,44 @@
-"""The messages of the passes about a graph, repeated when a cached compilation runs without the passes.
+"""What the passes say of a graph, repeated when a cached compilation runs without the passes.
 
 Inductor's caches skip the passes in the next process. A model that is left in float would then run so silently; the
-messages are therefore kept beside the kernels and found by everything the rewritten graph depends on.
+messages and the layers' decisions are therefore kept beside the kernels and found by everything the rewritten graph
+depends on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-import json
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 from .errors import FQTWarning, KernelBuildError
-from .kernels.cache import cache_directory, replacing
+from .kernels.cache import cache_directory, keep, recalled
 from .passes.decide import unmatched_patterns
 from .passes.pipeline import State
+from .status import GraphStatus
 
 
 def notices(state: State) -> list[str]:
     """What a user would otherwise find out from a benchmark."""
     messages = []
-    if not any(site.packed for site in state.sites):
+    is_part = state.names.first is not None  # of which the whole model may have packed layers elsewhere
+    if not is_part and not any(site.packed for site in state.sites):
         reasons = "; ".join(f"{site.name}: {site.reason}" for site in state.sites) or "it has no such layer"
         messages.append(
             f"fqt1bit: no convolution or linear layer of this graph is packed, all of it runs in float ({reasons})"
         )
-    unmatched = unmatched_patterns(state.sites, state.config.skip)
+    unmatched = unmatched_patterns(state)
     if unmatched:
-        names = ", ".join(site.name for site in state.sites)
+        names = ", ".join(state.names.layers or [site.name for site in state.sites])
         messages.append(f"fqt1bit: skip={unmatched} names no layer; layers: {names}")
+    messages += [f"fqt1bit: {reason}" for reason in state.avoided.reasons]
     return messages
 
 
@@ -49,19 +54,28 @@ def graph_key(gm: fx.GraphModule, example_inputs: Sequence[Any], uuid: Any) -> s
     return hashlib.sha256(repr((gm.code, inputs, uuid)).encode()).hexdigest()[:24]
 
 
-def remember(key: str, messages: Sequence[str]) -> None:
-    """Keep the messages of a compilation; without a writable cache they are lost."""
+def remember(key: str, messages: Sequence[str], graph: GraphStatus) -> None:
+    """Keep what is said of a compilation; without a writable cache it is lost."""
     with contextlib.suppress(OSError, KernelBuildError):
-        path = cache_directory() / f"notices-{key}.json"
-        if not messages:
-            path.unlink(missing_ok=True)
-            return
-        with replacing(path) as part:
-            part.write_text(json.dumps(list(messages)))
+        keep(_path(key), {"messages": list(messages), "graph": dataclasses.asdict(graph)})
 
 
-def recall(key: str) -> list[str]:
-    """The messages kept for a compilation; none where nothing readable is kept."""
-    with contextlib.suppress(OSError, KernelBuildError, ValueError):
-        return [str(message) for message in json.loads((cache_directory() / f"notices-{key}.json").read_text())]
-    return []
+def recall(key: str) -> tuple[list[str], GraphStatus | None]:
+    """What was kept for a compilation, if anything; where it is unreadable, that there was something."""
+    with contextlib.suppress(OSError, KernelBuildError):
+        path = _path(key)
+        if not path.exists():
+            return [], None
+        with contextlib.suppress(KeyError, TypeError):
+            kept: Any = recalled(path)
+            return [str(message) for message in kept["messages"]], GraphStatus.read(kept["graph"])
+        unreadable = (
+            f"fqt1bit: what was said about this graph when it was compiled cannot be read ({path}); remedy: "
+            "fqt_compile.explain(model, ...) says it again; delete the file to hear no more of it"
+        )
+        return [unreadable], None
+    return [], None
+
+
+def _path(key: str) -> Path:
+    return cache_directory() / f"notices-{key}.json"

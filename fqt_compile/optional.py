@@ -16,9 +16,9 @@ def optional_import(module: str) -> Any:
     """Import a module of the ``demo`` extra, or raise `MissingPackageError` with the remedy."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # one built for another torch or NumPy raises anything
         package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
         raise MissingPackageError(
-            f"the package {package} is needed and cannot be imported ({error}); "
+            f"the package {package} is needed and cannot be imported ({type(error).__name__}: {error}); "
             "install it, or everything at once with: pip install 'fqt-compile[demo]'"
         ) from error

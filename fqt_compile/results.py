@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -17,6 +18,8 @@ from torch._dynamo.utils import counters
 from .errors import FQTError
 from .kernels.cache import machine_name
 
+TEMPORARY = ".{}.tmp"
+"""The name of what becomes a file when it is whole."""
 Step = Callable[[Tensor], Tensor]
 PACKAGES = ("fqt-compile", "torch", "torchvision")
 
@@ -64,18 +67,38 @@ def environment() -> dict[str, Any]:
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file, then rename it to ``path``: readers see the old or the new file.
 
-    Raises `OutputError` when that fails; the old file is then unchanged. One writer at a time (see the lock).
+    A link is followed; what is no file (a pipe, ``/dev/stdout``) is written to. Raises `OutputError` when that fails;
+    the old file is then unchanged and the temporary one gone. One writer at a time (see the lock).
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    path = Path(os.path.realpath(path))
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    temporary = path if special else path.with_name(TEMPORARY.format(path.name))
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path} ({error}); what was there before is unchanged") from error
+            if not special:
+                os.fsync(file.fileno())
+        if not special:
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes RuntimeErrors of the system's
+        reason = _cause_of(error)
+        raise OutputError(
+            f"cannot write {path} ({reason}); what was there before is unchanged; remedy: free space there, or choose "
+            "a file in a folder that can be written"
+        ) from error
+    finally:
+        if not special:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _cause_of(error: BaseException) -> str:
+    """The system's error, where another one hides it, on one line."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__context__
+    return str(inner or error).strip().split("\n")[0]
 
 
 def write_json(results: Mapping[str, Any], path: Path) -> None:

@@ -8,17 +8,17 @@ is packed decides the numbers, and numbers should not depend on the machine unle
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from .cache import cache_directory, machine_name, replacing
+from .cache import cache_directory, keep, machine_name, recalled
 from .cpu import codegen
 from .cpu.isa import current_isa
 
@@ -38,6 +38,12 @@ class Line:
 
     def seconds(self, products: float) -> float:
         return self.overhead + products / self.rate
+
+    def checked(self) -> Line:
+        """Itself; raises where it cannot have been measured."""
+        if not (0 <= self.overhead < math.inf and 0 < abs(self.rate) < math.inf):
+            raise ValueError("not a measurement")
+        return self
 
     @classmethod
     def through(cls, small: tuple[float, float], large: tuple[float, float]) -> Line:
@@ -77,15 +83,14 @@ def _sources() -> str:
 @functools.cache
 def _costs(key: str) -> Costs:
     path = cache_directory() / f"costs-{key}.json"
-    if path.exists():
-        saved = json.loads(path.read_text())
-        return Costs(**{name: Line(**saved[name]) for name in ("packed", "float32", "bfloat16")})
+    with contextlib.suppress(TypeError, KeyError, ValueError):  # unreadable is absent
+        saved = recalled(path)
+        return Costs(**{name: Line(**saved[name]).checked() for name in ("packed", "float32", "bfloat16")})
     measured = Costs(
         packed=Line.through(_packed(SMALL), _packed(LARGE)),
         **{name: Line.through(_float(SMALL, dtype), _float(LARGE, dtype)) for name, dtype in FLOAT_DTYPES.items()},
     )
-    with replacing(path) as part:
-        part.write_text(json.dumps(dataclasses.asdict(measured), indent=1))
+    keep(path, dataclasses.asdict(measured))
     return measured
 
 

@@ -22,6 +22,10 @@ MULTIPLIERS = (0x9E3779B1, 0x7FEB352D, 0x846CA68B)
 MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 ROLES_PER_SITE = 8
+SEEDS = 2**62
+"""Seeds are drawn below this."""
+RANK_MULTIPLIER = 0x9E3779B97F4A7C15
+"""Odd, so that no two ranks have the same product below 2**62."""
 
 
 class Role(enum.IntEnum):
@@ -48,6 +52,26 @@ def splitmix64(value: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
     return z ^ (z >> 31)
+
+
+def rank() -> int:
+    """The number of this process in torch.distributed's default group; 0 where there is none."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def rank_bits(rank: int) -> int:
+    """The bits in which a rank's seeds differ from those of rank 0, which has none.
+
+    Processes that train together are often seeded alike. With equal noise their errors would be correlated, and
+    averaging gradients would gain less: nothing on equal data (docs/math.md, section 10).
+    """
+    return rank * RANK_MULTIPLIER % SEEDS
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """int64 ``[]``: the seed of a step, from torch's default generator of ``device`` and this process's rank."""
+    return torch.randint(0, SEEDS, (), device=device) ^ rank_bits(rank())
 
 
 def stream_keys(seed: int, stream: int) -> tuple[int, int]:

@@ -143,7 +143,7 @@ def _without_code(state: State) -> str | None:
 def activation(state: State) -> None:
     """Choose the activation code of every packed site."""
     proven = NonNegativity()
-    for site in state.packed:
+    for site in state.candidates(state.packed):
         _choose(site, state.config, proven)
 
 

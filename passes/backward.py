@@ -34,7 +34,7 @@ def backward(state: State) -> None:
     emitter = Emitter(state.graph, "backward")
     if choice.cuts:
         state.step_rows = _prune_at_cuts(emitter, choice.cuts, state)
-    for site in state.sites:
+    for site in state.candidates(state.sites):
         if not site.trained or site.backward is None:
             continue
         site.reread()  # the cut, and the input gradients of other sites, are replaced

@@ -21,8 +21,9 @@ from torch._inductor.decomposition import select_decomp_table
 
 from ..kernels import reference
 from .call import Call, takes
-from .graph import Emitter, aten, is_call, site_of, value
+from .graph import Emitter, aten, erase_dead, is_call, site_of, value
 from .local import same
+from .products import PRODUCTS
 from .state import State, graph_pass
 
 fqt = torch.ops.fqt
@@ -45,8 +46,9 @@ class _Decompositions(dict[Any, Callable[..., Any]]):
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions without those of BatchNorm: what a graph is captured with."""
-    kept = {target: made for target, made in select_decomp_table().items() if target not in {*FORWARD, BACKWARD}}
+    """Inductor's decompositions without those of BatchNorm and of products: what a graph is captured with."""
+    whole = {*FORWARD, BACKWARD, *PRODUCTS}
+    kept = {target: made for target, made in select_decomp_table().items() if target not in whole}
     return _Decompositions(kept)
 
 
@@ -96,7 +98,7 @@ def _project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used:
         for item in list(node.users):
             made = (full, *parameters)[Call(item).index]
             item.replace_all_uses_with(at.cast("batch_norm", made, value(item).dtype))
-    graph.eliminate_dead_code()
+    erase_dead(graph)
 
 
 def _write_out(graph: fx.Graph) -> None:
@@ -109,4 +111,4 @@ def _write_out(graph: fx.Graph) -> None:
         results = at.inline("batch_norm", table[node.target], *node.args, **node.kwargs)
         for item in list(node.users):
             item.replace_all_uses_with(results[Call(item).index])
-    graph.eliminate_dead_code()
+    erase_dead(graph)

@@ -26,6 +26,7 @@ from .graph import (
     Emitter,
     Insertion,
     aten,
+    erase_dead,
     is_backward,
     is_call,
     operator_of,
@@ -50,13 +51,13 @@ def compact(state: State) -> None:
             state.not_optimized.append(NotOptimized("all layers", "compact", why))
         return
     compaction = _Compaction(state.graph, state.kept_rows)
-    for node in list(state.graph.nodes):
+    for node in state.candidates(list(state.graph.nodes)):
         if node.op == "call_function" and is_backward(node):
             compaction.visit(node)
     for node, refusal in compaction.finish():
         state.refuse("compact", node, refusal)
     state.compacted = len(compaction.kept)
-    state.graph.eliminate_dead_code()
+    erase_dead(state.graph)
 
 
 class _Compaction:

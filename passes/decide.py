@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
 
 import torch
 
 from ..config import SKIP_GROUPS, FQTConfig
 from ..kernels import cost
 from .graph import value
+from .names import Names
 from .sites import Site
 from .state import State, graph_pass
 
@@ -26,13 +26,14 @@ def _without_reason(state: State) -> str | None:
 @graph_pass(requires=("sites",), ensures="decisions", check=_without_reason)
 def decide(state: State) -> None:
     """Set ``decision`` and ``reason`` of every site; at most ``fuel`` are packed (to bisect a model)."""
-    sites, config, fuel = state.sites, state.config, state.fuel
+    config, fuel = state.config, state.fuel
     packed = 0
-    for site in sites:
+    for site in state.candidates(state.sites):
         reason = (
-            unsupported(site, config)
+            state.avoided.sites.get(site.index)
+            or unsupported(site, config)
             or site.refusal
-            or skipped(site, sites, config.skip)
+            or skipped(site, state)
             or narrow(site, config.min_channels)
             or (slow(site, config) if "slow" in config.skip else None)
         )
@@ -65,22 +66,42 @@ def unsupported(site: Site, config: FQTConfig) -> str | None:
     return None
 
 
-def skipped(site: Site, sites: Sequence[Site], skip: Sequence[str]) -> str | None:
+def skipped(site: Site, state: State) -> str | None:
     """What the user, or a default, asked to leave in float."""
-    if "first" in skip and site is sites[0]:
+    skip, names = state.config.skip, state.names
+    if "first" in skip and _is_end(site, state.sites[0], names.first):
         return "first layer (skip='first'): its input is the data, which one bit cannot carry"
-    if "last" in skip and site is sites[-1]:
+    if "last" in skip and _is_end(site, state.sites[-1], names.last):
         return "last layer (skip='last'): its output is the prediction"
     pointwise = bool(site.kernel) and all(k == 1 for k in site.kernel)
     if "downsample" in skip and pointwise and any(s > 1 for s in site.stride):
         return "strided 1x1 convolution (skip='downsample')"
-    name = site.name.split("#")[0]
     for pattern in skip:
-        if pattern in SKIP_GROUPS:
-            continue
-        if fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + "."):
+        if pattern not in SKIP_GROUPS and any(is_named(name, pattern, names) for name in (plain(site), *site.aliases)):
             return f"named by skip={pattern!r}"
     return None
+
+
+def _is_end(site: Site, end: Site, name: str | None) -> bool:
+    """Is ``site`` the layer ``name`` of the model, or where the graph is all of the model, its site ``end``?"""
+    return site is end if name is None else name in (plain(site), *site.aliases)
+
+
+def plain(site: Site) -> str:
+    """The name of the layer, whichever of its uses the site is."""
+    return site.name.split("#")[0]
+
+
+def is_named(name: str, pattern: str, names: Names) -> bool:
+    """Does a pattern name this layer, or a module that it is in: by its path in the model or in what was compiled?"""
+    inside = name.removeprefix(f"{names.base}.") if names.base else name
+    return any(fnmatch.fnmatchcase(path, pattern) for whole in {name, inside} for path in _paths(whole))
+
+
+def _paths(name: str) -> list[str]:
+    """``a.b.c`` -> ``a``, ``a.b``, ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def narrow(site: Site, min_channels: int) -> str | None:
@@ -104,12 +125,14 @@ def slow(site: Site, config: FQTConfig) -> str | None:
     return f"slow (skip='slow'): about {1e3 * packed:.2f} ms a step packed, {1e3 * plain:.2f} ms in {dtype}"
 
 
-def unmatched_patterns(sites: Sequence[Site], skip: Sequence[str]) -> list[str]:
-    """Entries of ``skip`` that name no site: probably a typing error."""
-    names = [site.name.split("#")[0] for site in sites]
-    return [
-        pattern
-        for pattern in skip
-        if pattern not in SKIP_GROUPS
-        and not any(fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".") for name in names)
-    ]
+def unmatched_patterns(state: State) -> list[str]:
+    """Entries of ``skip`` that name no layer of the model: probably a typing error."""
+    layers = {*state.names.layers, *(name for site in state.sites for name in (plain(site), *site.aliases))}
+    patterns = [pattern for pattern in state.config.skip if pattern not in SKIP_GROUPS]
+    return [p for p in patterns if not any(fnmatch.fnmatchcase(path, p) for name in layers for path in _inside(name))]
+
+
+def _inside(name: str) -> list[str]:
+    """Every path that a part of the name may be to one who compiles a part of the model."""
+    parts = name.split(".")
+    return [".".join(parts[i : j + 1]) for i in range(len(parts)) for j in range(i, len(parts))]

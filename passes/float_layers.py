@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .call import Call
-from .graph import Emitter, aten, is_tensor, operator_of, provenance, value
+from .graph import Emitter, aten, erase_dead, is_tensor, operator_of, provenance, value
 from .state import State, graph_pass
 
 PRODUCTS = frozenset({aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default})
@@ -32,7 +32,7 @@ def float_layers(state: State) -> None:
     nodes = [(s.output, s.backward, s.grad_input, s.grad_weight) for s in state.sites if not s.packed]
     own = {node for of_site in nodes for node in of_site if node is not None}
     emitter = Emitter(graph, "float_layers")
-    for node in list(graph.nodes):
+    for node in state.candidates(list(graph.nodes)):
         if node.op != "call_function" or node.target not in PRODUCTS or node.kwargs:
             continue
         made = provenance(node)
@@ -44,7 +44,7 @@ def float_layers(state: State) -> None:
         for old, new in zip(_results(node), result if isinstance(result, tuple) else (result,), strict=True):
             if old is not None and new is not None and is_tensor(new):
                 old.replace_all_uses_with(at.cast("cast", new, torch.float32))
-    graph.eliminate_dead_code()
+    erase_dead(graph)
 
 
 def _is_float32(node: Any) -> bool:

@@ -31,7 +31,7 @@ def forward(state: State) -> None:
         first = emitter.at(packed[0].output, "step")
         state.seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)
     known: dict[BatchNormThreshold, fx.Node] = {}
-    for site in packed:
+    for site in state.candidates(packed):
         if site.batch_norm is not None and site.batch_norm not in known:
             known[site.batch_norm] = _channel_threshold(emitter, site.batch_norm, site.name)
         limits = None if site.batch_norm is None else known[site.batch_norm]

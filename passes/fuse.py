@@ -24,10 +24,10 @@ from .call import Call
 from .graph import (
     Emitter,
     aten,
+    erase_dead,
     erase_unused,
     is_backward,
     is_call,
-    is_erased,
     position,
     prims,
     site_of,
@@ -49,15 +49,15 @@ def fuse(state: State) -> None:
     """Fuse what can be fused in front of packed activations, and behind the integers of a weight's gradient."""
     for x_of in (_packed_activation, _packed_mask):
         _fuse_activations(state, x_of)
-        state.graph.eliminate_dead_code()
-    _fuse_weight_gradients(state.graph)
+        erase_dead(state.graph)
+    _fuse_weight_gradients(state)
 
 
 def _fuse_activations(state: State, x_of: Callable[[fx.Node], fx.Node | None]) -> None:
     """Fuse what leads to every ``x_of(node)``, a value that ``node`` packs."""
     emitter = Emitter(state.graph, "fuse")
-    for pack in list(state.graph.nodes):
-        x = None if is_erased(pack) or is_backward(pack) else x_of(pack)
+    for pack in state.candidates(list(state.graph.nodes)):
+        x = None if is_backward(pack) else x_of(pack)
         if x is None:
             continue
         region = _match_activation(x)
@@ -222,13 +222,13 @@ def _replace(emitter: Emitter, x: fx.Node, pack: fx.Node, region: _ActivationReg
     return fused
 
 
-def _fuse_weight_gradients(graph: fx.Graph) -> None:
+def _fuse_weight_gradients(state: State) -> None:
     """``weight_gradient(dequantize_grad_weight(grad_weight_product))`` of all output channels as one operation.
 
     The integers and the gradient of alpha sign(W) then never leave the cache.
     """
-    emitter = Emitter(graph, "fuse")
-    for node in list(graph.nodes):
+    emitter = Emitter(state.graph, "fuse")
+    for node in state.candidates(list(state.graph.nodes)):
         if not is_call(node, fqt.weight_gradient.default):
             continue
         through, dequantize = Call(node), Call(Call(node).grad_hat)
@@ -240,7 +240,7 @@ def _fuse_weight_gradients(graph: fx.Graph) -> None:
         weight = (through.weight, through.weight_scale, through.mode)
         args = (*quantized, *weight, product.code, product.output_size, product.stride, product.padding)
         node.replace_all_uses_with(at.call("grad_weight", fqt.grad_weight.default, *args))
-    graph.eliminate_dead_code()
+    erase_dead(state.graph)
 
 
 @graph_pass(requires=("fused activations", "fused gradients"), ensures="narrow products")
@@ -251,7 +251,7 @@ def narrow(state: State) -> None:
         *(fqt.fused_activation.default, fqt.fused_gradient.default, fqt.max_pool_gradient.default),
         *(fqt.channel_moments.default, fqt.gradient_moments.default),
     )
-    for node in state.graph.nodes:
+    for node in state.candidates(state.graph.nodes):
         if not is_call(node, fqt.output_product.default) or largest_output(node) > INT16_LIMIT:
             continue
         users = [u for u in node.users if u in live]

@@ -20,7 +20,7 @@ from torch import fx
 
 from ..kernels.program import FULL, SECOND, VALUES
 from .call import Call, takes
-from .graph import Emitter, aten, erase_unused, is_backward, is_call, is_erased, position, site_of, value
+from .graph import Emitter, aten, erase_dead, erase_unused, is_backward, is_call, position, site_of, value
 from .local import is_pointwise
 from .refusal import Refusal, name_of
 from .region import Region, are_readable, is_supported, unreadable
@@ -46,9 +46,7 @@ def fuse_gradients(state: State) -> None:
     """Fuse what can be fused; programs without a statement are counted among the regions, too."""
     graph = state.graph
     emitter = Emitter(graph, "fuse_gradients")
-    for x in list(graph.nodes):
-        if is_erased(x):
-            continue
+    for x in state.candidates(list(graph.nodes)):
         readers = [user for user in x.users if user.target in READERS or is_convolution_gradient(user, x)]
         if not readers or not (is_pointwise(x) or is_supported(x, x)):
             continue
@@ -63,7 +61,7 @@ def fuse_gradients(state: State) -> None:
             measured = [user for user in measures if not state.config.prunes or Call(user).compact]
             if measured or not is_call(x, fqt.dequantize_grad_input.default):
                 _replace(emitter, x, region, site_of(readers[0]), measured)
-    graph.eliminate_dead_code()
+    erase_dead(graph)
     state.regions += [n for n in graph.nodes if takes(n, "operands", "text") and is_backward(n)]
 
 

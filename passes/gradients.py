@@ -26,6 +26,7 @@ from .graph import (
     Emitter,
     Insertion,
     aten,
+    erase_dead,
     first,
     is_backward,
     is_call,
@@ -50,7 +51,7 @@ def gradients(state: State) -> None:
     if not state.packed:
         return
     rewriter = _Rewriter(state.graph, on_kept_rows=state.kept_rows is not None)
-    for node in list(state.graph.nodes):
+    for node in state.candidates(list(state.graph.nodes)):
         if node.op != "call_function" or not is_backward(node):
             continue
         if _is_scattered(node):
@@ -61,7 +62,7 @@ def gradients(state: State) -> None:
                 rewriter.rewrite_max_pool(node, pooled)
         elif is_call(node, aten.where.self):
             rewriter.visit_mask(node)
-    state.graph.eliminate_dead_code()
+    erase_dead(state.graph)
 
 
 class _Rewriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -11,8 +12,10 @@ import torch
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._prims_common import is_contiguous_or_false
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .call import Call
 
@@ -133,6 +136,13 @@ def erase_unused(*nodes: fx.Node) -> None:
         node.graph.erase_node(node)
 
 
+def erase_dead(graph: fx.Graph) -> None:
+    """Take out every node that nothing reads, as ``Graph.eliminate_dead_code`` does, but in one look at each node."""
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output") and not node.is_impure():
+            graph.erase_node(node)
+
+
 def is_training(graph: fx.Graph) -> bool:
     """True for a joint graph: it has tangents, or nodes of the backward part."""
     return any(is_backward(node) for node in graph.nodes)
@@ -152,12 +162,60 @@ class _Traced:
     result_spec: Any
 
 
-def _described(leaf: Any) -> Any:
-    """What a trace depends on of an argument; itself where that is symbolic."""
-    fake = leaf.meta.get("val") if isinstance(leaf, fx.Node) else None
-    if isinstance(fake, torch.Tensor) and all(isinstance(s, int) for s in (*fake.shape, *fake.stride())):
+def _described(argument: Any) -> Any:
+    """What a fake result depends on of an argument, without its name; the argument itself where that is symbolic."""
+    if isinstance(argument, list | tuple):
+        return tuple(map(_described, argument))
+    if isinstance(argument, dict):
+        return tuple((name, _described(item)) for name, item in argument.items())
+    fake = argument.meta.get("val") if isinstance(argument, fx.Node) else None
+    if isinstance(fake, torch.Tensor) and not _is_symbolic(fake):
         return tuple(fake.shape), fake.stride(), fake.dtype, fake.device
-    return type(leaf), leaf
+    return type(argument), argument
+
+
+def _is_symbolic(result: Any) -> bool:
+    """Does a result, or one of several, have a size that is not known?"""
+    if isinstance(result, tuple | list):
+        return any(map(_is_symbolic, result))
+    if not isinstance(result, torch.Tensor):
+        return isinstance(result, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return not all(isinstance(size, int) for size in (*result.shape, *result.stride()))
+
+
+def _is_functional(target: Any) -> bool:
+    """Does an operator return new memory only?"""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and all(result.alias_info is None for result in schema.returns)
+
+
+def fresh(fake_mode: Any, like: torch.Tensor, stride: Sequence[int] | None = None) -> torch.Tensor:
+    """A fake tensor of the same description in memory of its own, or with other strides; its sizes are known."""
+    with no_dispatch():
+        strides = like.stride() if stride is None else stride
+        meta = torch.empty_strided(like.shape, strides, dtype=like.dtype, device="meta")
+        return FakeTensor(fake_mode, meta, like.device)
+
+
+class Snapshot:
+    """A copy of a graph, with which it can be made again as it was."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.copy = fx.Graph()
+        _copy_nodes(graph, self.copy)
+
+    def restore(self, graph: fx.Graph) -> None:
+        """Put the copied nodes, under their old names, in place of the nodes of ``graph``."""
+        for node in reversed(graph.nodes):
+            graph.erase_node(node)
+        graph._graph_namespace = type(graph._graph_namespace)()
+        _copy_nodes(self.copy, graph)
+
+
+def _copy_nodes(source: fx.Graph, target: fx.Graph) -> None:
+    output: Any = target.graph_copy(source, {}, return_output_node=True)
+    if output is not None:
+        target.output(output[0]).meta = copy.copy(output[1].meta)
 
 
 class Emitter:
@@ -168,6 +226,8 @@ class Emitter:
         self.made_by = made_by
         self.fake_mode = fake_mode_of(graph)
         self.traced: dict[Any, _Traced] = {}
+        self.results: dict[Any, Any] = {}
+        """Fake results of operators by what they depend on of their operands."""
 
     def trace(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[_Traced, list[fx.Node]]:
         """``function(*args, **kwargs)`` decomposed as for Inductor, and the nodes among the arguments.
@@ -177,7 +237,7 @@ class Emitter:
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
         nodes = [leaves[i] for i in places]
-        key = (function, spec, *(_described(leaf) for leaf in leaves))
+        key = (function, spec, _described(leaves))
         if key in self.traced:
             return self.traced[key], nodes
 
@@ -252,9 +312,19 @@ class Insertion:
         return tree_unflatten(results, traced.result_spec)
 
     def _fake_result(self, node: fx.Node) -> Any:
-        """What a node returns, of its operands' fake values: of its own, which Inductor takes for its memory."""
+        """What a node returns of its operands' fake values: a value of its own, since Inductor takes it for memory.
+
+        Computed once for equal operands, but for views, which share the memory of their operand.
+        """
+        known, target = self.emitter.results, operator_of(node)
+        key = (target, _described(node.args), _described(node.kwargs)) if _is_functional(target) else None
+        if key is not None and key in known:
+            return tree_map_only(torch.Tensor, lambda fake: fresh(self.emitter.fake_mode, fake), known[key])
         with self.emitter.fake_mode, maybe_enable_thunkify():
-            return operator_of(node)(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+            result = target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+        if key is not None and not _is_symbolic(result):
+            known[key] = result
+        return result
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
         """Size of a dimension: an int, or a node where it is symbolic."""

@@ -7,10 +7,13 @@ NHWC strides, so that the fused kernel in front writes NHWC directly instead of 
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import fx
 
-from .graph import fake_mode_of, value
+from .graph import fake_mode_of, fresh, value
 from .state import State, graph_pass
 
 
@@ -25,9 +28,17 @@ def layout(state: State) -> None:
             # Inputs of the graph arrive as they are; integers are packed layouts and products, NHWC already.
             if operand.op == "placeholder" or not _is_image(operand):
                 continue
-            with fake_mode:
-                fake = value(operand)
-                operand.meta["val"] = fake.movedim(1, -1).contiguous().movedim(-1, 1)
+            operand.meta["val"] = _nhwc(fake_mode, value(operand))
+
+
+def _nhwc(fake_mode: Any, fake: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like ``fake`` in NHWC memory."""
+    if not all(isinstance(size, int) for size in (*fake.shape, *fake.stride())):
+        with fake_mode:
+            return fake.movedim(1, -1).contiguous().movedim(-1, 1)
+    channels, inner = fake.shape[1], math.prod(fake.shape[2:])
+    spatial = [channels * math.prod(fake.shape[axis + 1 :]) for axis in range(2, fake.dim())]
+    return fresh(fake_mode, fake, [channels * inner, 1, *spatial])
 
 
 def _is_image(node: fx.Node) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import fx
+import torch.nn.functional as F
+from torch import fx, nn
 
 from .call import Call
 from .claims import claim, claimed_once
 from .graph import CASTS, VIEWS, aten, is_backward, strip, tag_backward, value
+from .names import Names
 from .sites import Site, factors, operands, through_casts
 from .state import State, graph_pass
 
@@ -28,28 +30,28 @@ def match(state: State) -> None:
     claim(state.graph, state.sites)
 
 
-def _sites(graph: fx.Graph, names: Sequence[str | None]) -> list[Site]:
-    """All sites in forward order. ``names[i]`` is the module path of Dynamo input i, if it is a parameter."""
+def _sites(graph: fx.Graph, names: Names) -> list[Site]:
+    """All sites in forward order."""
     sites: list[Site] = []
     seen: dict[str, int] = {}
     for node in graph.nodes:
         if node.op != "call_function" or is_backward(node):
             continue
-        site = _match_forward(node, len(sites))
+        site = _match_forward(node, len(sites), names)
         if site is None:
             continue
-        name = _site_name(site, names)
+        name, site.aliases = names.of(site.output, site.weight)
         seen[name] = seen.get(name, 0) + 1
         site.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
         sites.append(site)
     return sites
 
 
-def _match_forward(node: fx.Node, index: int) -> Site | None:
+def _match_forward(node: fx.Node, index: int, names: Names) -> Site | None:
     if node.target is aten.convolution.default:
         return _match_convolution(node, index)
     if node.target in LINEAR:
-        return _match_linear(node, index)
+        return _match_linear(node, index, names)
     return None
 
 
@@ -78,10 +80,10 @@ def _per_axis(sizes: Sequence[int], spatial: int) -> tuple[int, ...]:
     return tuple(sizes) * spatial if len(sizes) == 1 else tuple(sizes)
 
 
-def _match_linear(node: fx.Node, index: int) -> Site | None:
-    """A matrix product whose right operand is a graph input (a parameter), transposed or not."""
+def _match_linear(node: fx.Node, index: int, names: Names) -> Site | None:
+    """A matrix product whose right operand is a parameter, transposed or not, or that a linear layer computes."""
     x, weight, bias = operands(node)
-    if weight.op != "placeholder" or value(weight).dim() != 2:
+    if value(weight).dim() != 2 or not (names.is_parameter(weight) or _is_linear_call(node)):
         return None
     site = Site(
         index=index,
@@ -101,17 +103,15 @@ def _match_linear(node: fx.Node, index: int) -> Site | None:
     return site
 
 
+def _is_linear_call(node: fx.Node) -> bool:
+    """Does the model call a linear layer here? Its weight may be computed (weight_norm, masks, merged adapters)."""
+    calls = node.meta.get("source_fn_stack") or [(None, None)]
+    called = calls[-1][1]
+    return called is F.linear or (isinstance(called, type) and issubclass(called, nn.Linear))
+
+
 def _rows_are_tokens(x: fx.Node) -> bool:
     """Was the 2-D operand made by flattening several leading axes (and not by flattening features)?"""
     before = strip(x, CASTS | VIEWS)
     shape, flat = value(before).shape, value(x).shape
     return len(shape) > 2 and isinstance(flat[-1], int) and isinstance(shape[-1], int) and shape[-1] == flat[-1]
-
-
-def _site_name(site: Site, names: Sequence[str | None]) -> str:
-    desc = site.weight.meta.get("desc")
-    position = getattr(desc, "idx", None)
-    if position is not None and position < len(names) and names[position]:
-        return str(names[position])
-    stack = site.output.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else site.weight.name

@@ -20,7 +20,20 @@ from torch import fx
 
 from ..kernels.program import SECOND
 from .call import Call
-from .graph import VIEWS, Emitter, aten, is_backward, is_call, position, prims, provenance, site_of, strip, value
+from .graph import (
+    VIEWS,
+    Emitter,
+    aten,
+    erase_dead,
+    is_backward,
+    is_call,
+    position,
+    prims,
+    provenance,
+    site_of,
+    strip,
+    value,
+)
 from .local import is_channel_vector, is_pointwise
 from .refusal import Refusal, name_of
 from .region import PASSED_ON
@@ -59,33 +72,33 @@ class GradientMoments:
 @graph_pass(requires=("kept rows",), ensures="exact statistics")
 def moments(state: State) -> None:
     """Batch statistics and the sums of BatchNorm's backward: of packed outputs, then of float convolutions."""
-    _exact_moments(state.graph)
-    _gradient_moments(state.graph, match_dequantized)
-    refused = [*_float_moments(state.graph), *_gradient_moments(state.graph, match_convolution)]
+    _exact_moments(state)
+    _gradient_moments(state, match_dequantized)
+    refused = [*_float_moments(state), *_gradient_moments(state, match_convolution)]
     for node, refusal in refused if state.packed else ():
         state.refuse("moments", node, refusal)
 
 
-def _exact_moments(graph: fx.Graph) -> None:
+def _exact_moments(state: State) -> None:
     """Replace the batch statistics of packed outputs."""
-    emitter = Emitter(graph, "moments")
-    for node in _batch_statistics(graph):
+    emitter = Emitter(state.graph, "moments")
+    for node in state.candidates(_batch_statistics(state.graph)):
         output = match_dequantized(Call(node).self)
         if isinstance(output, Refusal):
             continue
         at = emitter.at(node, site_of(output.acc))
         args = (output.acc, output.alpha, output.bias, largest_output(output.acc))
         _replace_items(node, at.call("statistics", fqt.channel_moments.default, *args))
-    graph.eliminate_dead_code()
+    erase_dead(state.graph)
 
 
-def _float_moments(graph: fx.Graph) -> list[tuple[fx.Node, Refusal]]:
+def _float_moments(state: State) -> list[tuple[fx.Node, Refusal]]:
     """The same for float convolutions whose output is packed in the end (a stem, a projection of a skip).
 
     They are in NHWC memory anyway, and one pass over them replaces Inductor's two. Returns what is left, and why.
     """
-    emitter, refused = Emitter(graph, "moments"), []
-    for node in _batch_statistics(graph):
+    emitter, refused = Emitter(state.graph, "moments"), []
+    for node in state.candidates(_batch_statistics(state.graph)):
         output = match_convolution(Call(node).self)
         if isinstance(output, Refusal):
             refused.append((node, output))
@@ -102,17 +115,17 @@ def _replace_items(node: fx.Node, results: tuple[fx.Node, ...]) -> None:
         item.replace_all_uses_with(results[Call(item).index])
 
 
-def _gradient_moments(graph: fx.Graph, match: Match) -> list[tuple[fx.Node, Refusal]]:
+def _gradient_moments(state: State, match: Match) -> list[tuple[fx.Node, Refusal]]:
     """Replace the sums of BatchNorm's backward over a y that ``match`` knows. Returns what is left, and why."""
-    refused = []
-    for node in list(graph.nodes):
+    graph, refused = state.graph, []
+    for node in state.candidates(list(graph.nodes)):
         found = [_match_gradient_moments(node, g, match(y), center) for g, y, center in _sum_of_products(node)]
         matched = next((m for m in found if isinstance(m, GradientMoments)), None)
         if matched is not None:
             _replace_sums(graph, matched)
         else:
             refused += [(node, m) for m in found if isinstance(m, Refusal)]
-    graph.eliminate_dead_code()
+    erase_dead(graph)
     return refused
 
 

@@ -1,7 +1,8 @@
 """The pipeline: one ordered list of passes over one AOTAutograd graph, each with a checked contract (`state`).
 
-It refuses to run a pass whose requirements are missing, runs the pass's own check afterwards, lints the graph and
-names the pass that failed. Passes before `forward` only analyse; those after it never search.
+It refuses to run a pass whose requirements are missing, runs the pass's own check afterwards and lints the graph. What
+a pass fails at stays in float, unfused or on full rows, with the reason (`undo`). Passes before `forward` only analyse;
+those after it never search.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx
 from ..config import FQTConfig
 from ..errors import PassError
 from ..kernels import dispatch  # noqa: F401  (declares torch.ops.fqt)
+from . import undo
 from .activation import activation
 from .backward import backward
 from .batch_norm import batch_norm
@@ -24,19 +26,22 @@ from .forward import forward
 from .fuse import fuse, narrow
 from .fuse_gradients import fuse_gradients
 from .gradients import gradients
-from .graph import describe
+from .graph import Snapshot, describe
 from .layout import layout
 from .match import match
 from .moments import moments
+from .names import UNNAMED, Names
+from .products import products
 from .rows import rows
 from .save import save
 from .share import share
-from .state import Pass, State
+from .state import Avoided, Pass, State
 
 FUEL_VARIABLE = "FQT_COMPILE_FUEL"
+STRICT_VARIABLE = "FQT_COMPILE_STRICT"
 
 ANALYSES = (match, decide, activation, rows)
-QUANTIZE = (forward, save, backward, batch_norm, share)
+QUANTIZE = (forward, save, backward, batch_norm, products, share)
 OPTIMIZE = (gradients, compact, float_layers, moments, fuse, fuse_gradients, narrow)
 FINISH = (layout,)
 
@@ -48,35 +53,59 @@ UNOPTIMIZED = ANALYSES + QUANTIZE + FINISH
 def run_pipeline(
     graph: fx.Graph,
     config: FQTConfig,
-    names: Sequence[str | None] = (),
+    names: Names = UNNAMED,
     observe: Callable[[str, str], None] | None = None,
     steps: Sequence[Pass] | None = None,
 ) -> State:
     """Rewrite ``graph`` in place by `PIPELINE` or ``steps``. ``observe(pass name, graph text)`` is called after each.
 
-    Raises `PassError` naming the pass whose contract was broken.
+    A pass that fails is undone: the graph is rewritten anew without what it failed at (`undo`), and the state has the
+    reason. Strict (``strict=True``, FQT_COMPILE_STRICT=1), it raises `PassError` with its name, and contracts are
+    checked after every pass instead of at the end.
     """
-    return _run(PIPELINE if steps is None else steps, State(graph, config, names, fuel_from_environment()), observe)
+    given = PIPELINE if steps is None else tuple(steps)
+    if is_strict(config):
+        return _run(given, State(graph, config, names, fuel_from_environment()), observe, strict=True)
+    before, avoided = Snapshot(graph), Avoided()
+    while True:
+        state = State(graph, config, names, fuel_from_environment(), avoided=avoided)
+        try:
+            return _run(given, state, observe)
+        except Exception as error:
+            avoided = undo.without(state, error)
+            before.restore(graph)
 
 
-def analyse(graph: fx.Graph, config: FQTConfig, names: Sequence[str | None] = ()) -> State:
+def analyse(graph: fx.Graph, config: FQTConfig, names: Names = UNNAMED) -> State:
     """Only the analyses: sites, decisions, codes and row choice of ``graph``, which stays as it is."""
-    return _run(ANALYSES, State(graph, config, names, fuel_from_environment()), None)
+    return run_pipeline(graph, config, names, steps=ANALYSES)
 
 
-def _run(steps: Sequence[Pass], state: State, observe: Callable[[str, str], None] | None) -> State:
+def is_strict(config: FQTConfig) -> bool:
+    """Does a pass that fails stop the compilation?"""
+    return config.strict or os.environ.get(STRICT_VARIABLE, "0") not in ("", "0")
+
+
+def _run(
+    steps: Sequence[Pass], state: State, observe: Callable[[str, str], None] | None, strict: bool = False
+) -> State:
     for step in steps:
         missing = [fact for fact in step.requires if fact not in state.facts]
         if missing:
             raise PassError(f"pass {step.name!r} needs {missing}, which no earlier pass ensured; got {state.facts}")
-        step.run(state)
-        problem = step.check(state)
+        state.step, state.candidate = step.name, None
+        problem = None
+        if not undo.is_avoided(state, step):
+            step.run(state)
+            problem = step.check(state)
         if problem is not None:
-            raise PassError(f"pass {step.name!r} broke its contract: {problem}")
-        state.graph.lint()
+            raise undo.BrokenContract(f"pass {step.name!r} broke its contract: {problem}")
+        if strict:
+            state.graph.lint()
         state.facts.add(step.ensures)
         if observe is not None:
             observe(step.name, describe(state.graph))
+    state.graph.lint()
     return state
 
 

@@ -123,7 +123,9 @@ class Region:
         ``is_read_outside(node, absorbed)``: must ``node`` exist in memory, given what the region has below it?
         """
         seen: set[fx.Node] = {x}
-        pending, absorbed, sources = [x], [], []  # pending: in graph order
+        pending = [x]  # in graph order
+        absorbed: list[fx.Node] = []
+        sources: list[fx.Node] = []
         while pending:
             node = pending.pop()
             if not is_supported(node, x) or is_read_outside(node, absorbed):

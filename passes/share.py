@@ -9,22 +9,22 @@ from torch import fx
 
 from ..kernels.operations import OPERATIONS
 from .call import Call
-from .graph import provenance
+from .graph import erase_dead, provenance
 from .state import State, graph_pass, no_float_left
 
 fqt = torch.ops.fqt
 SHAREABLE = frozenset(getattr(fqt, name).default for name, made in OPERATIONS.items() if made.shareable)
 
 
-@graph_pass(requires=("written-out BatchNorm", "tags"), ensures="shared operands", check=no_float_left)
+@graph_pass(requires=("written-out products", "tags"), ensures="shared operands", check=no_float_left)
 def share(state: State) -> None:
     """Merge equal quantizations.
 
     The seed that rides on the first ``pack_activation`` is not part of what it computes.
     """
-    state.graph.eliminate_dead_code()
+    erase_dead(state.graph)
     first: dict[tuple[object, ...], fx.Node] = {}
-    for node in list(state.graph.nodes):
+    for node in state.candidates(list(state.graph.nodes)):
         if node.op != "call_function" or provenance(node) is None:
             continue
         if node.target is fqt.pack_activation.default:

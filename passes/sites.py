@@ -35,6 +35,7 @@ class Site:
     ``weight_is_transposed`` (a plain ``x @ W``). ``grad_*`` are None where the graph does not compute them.
     ``input_side``: which operand of a linear layer's ``grad_weight`` product is the input: 1 in g^T x, 0 in x^T g.
     ``rows_are_tokens``: a linear layer over more than one leading axis, whose rows attention may mix.
+    ``aliases``: other names of its weight, where several layers share it.
     ``decision``, ``reason``, ``activation``, ``threshold`` (``channel``, ``sample`` or ``batch``; None for the sign
     code) and ``batch_norm`` (what a threshold per channel is made from) are filled by later passes.
     """
@@ -60,6 +61,7 @@ class Site:
     grad_bias: fx.Node | None = None
     input_side: int = 1
     refusal: str | None = None
+    aliases: tuple[str, ...] = ()
     decision: str = "float"
     reason: str = ""
     activation: str | None = None

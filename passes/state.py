@@ -10,11 +10,14 @@ is the function's. `pipeline` lists the passes in order and checks these contrac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import fx
 
 from ..config import FQTConfig
+from .graph import is_erased
+from .names import UNNAMED, Names
 from .refusal import NotOptimized, Refusal, layer_of
 from .region import FusedProgram
 from .sites import Site
@@ -34,6 +37,20 @@ class RowChoice:
     norms: tuple[fx.Node, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Avoided:
+    """What is left as it is, since a pass failed there: the reason by layer, by pass, by pass and name of a node."""
+
+    sites: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    steps: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    nodes: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def reasons(self) -> list[str]:
+        return list(dict.fromkeys((*self.sites.values(), *self.steps.values(), *self.nodes.values())))
+
+
+Candidate = TypeVar("Candidate", fx.Node, Site)
 NOTHING_PRUNED = RowChoice((), "nothing is pruned")
 
 
@@ -55,8 +72,7 @@ class State:
 
     graph: fx.Graph
     config: FQTConfig
-    names: Sequence[str | None] = ()
-    """Module path of every graph input that is a parameter."""
+    names: Names = UNNAMED
     fuel: int | None = None
     sites: list[Site] = dataclasses.field(default_factory=list)
     choice: RowChoice = NOTHING_PRUNED
@@ -71,6 +87,20 @@ class State:
     regions: list[fx.Node] = dataclasses.field(default_factory=list)
     """Every operation with a program."""
     facts: set[str] = dataclasses.field(default_factory=lambda: {"graph"})
+    avoided: Avoided = Avoided()
+    step: str = ""
+    """The pass that runs."""
+    candidate: fx.Node | Site | None = None
+    """What it is working on: where it fails, that is left as it is."""
+
+    def candidates(self, found: Iterable[Candidate]) -> Iterator[Candidate]:
+        """``found`` one by one without those at which this pass failed before, and without erased nodes."""
+        for item in found:
+            if isinstance(item, fx.Node) and (is_erased(item) or (self.step, item.name) in self.avoided.nodes):
+                continue
+            self.candidate = item
+            yield item
+        self.candidate = None
 
     def refuse(self, step: str, node: fx.Node, refusal: Refusal) -> None:
         """Note why the pass ``step`` leaves ``node`` as it is, once for every layer."""

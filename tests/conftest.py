@@ -8,12 +8,15 @@ import pytest
 import torch
 from support import sample
 
+from fqt_compile.passes.pipeline import STRICT_VARIABLE
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the whole grids, not the sample of the day (make test-all)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault(STRICT_VARIABLE, "1")  # a pass that fails is a failure
     if config.getoption("--all"):
         os.environ[sample.ENVIRONMENT] = sample.ALL
     sample.seed()  # before workers are started, so that they have the same

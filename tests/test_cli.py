@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from typer.testing import CliRunner
 
 from fqt_compile.cli import app
 from fqt_compile.cli_options import parse_options
 from fqt_compile.config import FQTConfig
-from fqt_compile.errors import CaptureError, ConfigError
+from fqt_compile.errors import CaptureError, ConfigError, KernelBuildError
 
 pytest.importorskip("torchvision")
 TINY = f"{Path(__file__).with_name('test_finetune.py')}:tiny"
@@ -149,6 +150,31 @@ def test_error_of_a_command_has_no_traceback(fake_modules, monkeypatch):
     monkeypatch.setattr(sys.modules["fqt_compile.inspect.explain"], "explain", fail)
     result = call("explain", "--arch", TINY)
     assert (result.exit_code, result.stderr) == (2, "error: the model has a graph break\n")
+
+
+@pytest.mark.parametrize(
+    ("inner", "expected"),
+    [
+        (KernelBuildError("no space; remedy: free some"), "no space; remedy: free some"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError("what?"), "torch cannot compile the model: ValueError: what?; --debug shows the traceback"),
+    ],
+)
+def test_an_error_inside_of_a_compilation_is_one_line(fake_modules, monkeypatch, inner, expected):
+    def fail(*args, **kwargs):
+        raise BackendCompilerFailed(None, inner, None) from inner
+
+    monkeypatch.setattr(sys.modules["fqt_compile.inspect.explain"], "explain", fail)
+    result = call("explain", "--arch", TINY)
+    assert (result.exit_code, result.stderr) == (2, f"error: {expected}\n")
+
+
+def test_an_error_that_nobody_expected_keeps_its_traceback(fake_modules, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys.modules["fqt_compile.inspect.explain"], "explain", fail)
+    assert isinstance(call("explain", "--arch", TINY).exception, ZeroDivisionError)
 
 
 def test_interrupt_names_the_remedy(fake_modules, monkeypatch):

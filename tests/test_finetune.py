@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import io
 import json
 import math
+import os
 import urllib.error
 
 import pytest
@@ -14,14 +16,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
+import fqt_compile
 from fqt_compile.config import FQTConfig
-from fqt_compile.errors import ConfigError
+from fqt_compile.errors import ConfigError, FQTWarning
 from fqt_compile.finetune import CheckpointError, DivergedError, FinetuneSettings, finetune, table
 from fqt_compile.finetune import training as job
 from fqt_compile.finetune.checkpoint import load_weights, open_workspace
 from fqt_compile.finetune.report import probe
 from fqt_compile.models import make_model
 from fqt_compile.results import OutputError, measure_saved_bytes, write_atomic
+from fqt_compile.saving import compiled_options
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -123,7 +127,7 @@ def test_the_saved_state_has_the_recalibrated_statistics_and_gives_the_accuracy(
     data = job.load_data(settings.data, size=settings.size, limit=settings.limit, seed=settings.seed)
     trained, saved = tiny(10), tiny(10)
     trained.load_state_dict(state_of(settings, "checkpoint.pt")["model"])
-    saved.load_state_dict(state_of(settings, f"{method}.pt"))
+    saved.load_state_dict(state_of(settings, f"{method}.pt")["model"])
     assert job.evaluate(saved, saved, data, settings.batch) == report["methods"][method]["accuracy"]
     assert saved[1].num_batches_tracked == 3
     assert trained[1].num_batches_tracked > 3
@@ -172,8 +176,8 @@ def test_resume_is_exact(settings, tmp_path, epochs):
     for method, figures in whole["methods"].items():
         for key in ("loss_history", "accuracy_history", "saved_bytes"):
             assert resumed["methods"][method][key] == figures[key]
-        expected = torch.load(tmp_path / "whole" / f"{method}.pt", weights_only=True)
-        got = torch.load(settings.out / f"{method}.pt", weights_only=True)
+        expected = state_of(again(settings, out=tmp_path / "whole"), f"{method}.pt")["model"]
+        got = state_of(settings, f"{method}.pt")["model"]
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
@@ -302,6 +306,136 @@ def test_weights_of_a_model_with_another_head(settings, tmp_path):
     console = Console(record=True, file=io.StringIO(), width=200)
     finetune(again(settings, weights=str(tmp_path / "w.pt"), methods=("float32",), qat_epochs=0), console)
     assert "6.weight (got [4, 32]" in console.export_text()
+
+
+def test_stages_say_how_they_were_trained(settings):
+    finetune(again(settings, config=FQTConfig(bits=2, keep=0.5)), quiet())
+    about = {name: state_of(settings, f"{name}.pt")["fqt1bit"] for name in ("float32", "qat", "fqt", "checkpoint")}
+    assert about["float32"]["options"] is None
+    assert about["qat"]["options"]["grad"] == "exact"
+    assert FQTConfig.from_options(about["fqt"]["options"]) == FQTConfig(bits=2, keep=0.5)
+    assert about["checkpoint"] == about["fqt"]  # the last stage
+    model = tiny(10)
+    loaded = fqt_compile.load(settings.out / "fqt.pt", model)
+    assert compiled_options(loaded) == FQTConfig(bits=2, keep=0.5)
+    torch.testing.assert_close(model.state_dict(), dict(state_of(settings, "fqt.pt")["model"]), rtol=0, atol=0)
+    assert compiled_options(fqt_compile.load(settings.out / "checkpoint.pt", tiny(10))) == FQTConfig(bits=2, keep=0.5)
+
+
+def test_starting_from_one_bit_weights_says_so(settings, tmp_path):
+    fqt_compile.save(tiny(10), tmp_path / "w.pt", {"bits": 2})
+    settings = again(settings, weights=str(tmp_path / "w.pt"), qat_epochs=0, epochs=1)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    finetune(again(settings, methods=("fqt",)), console)
+    assert 'trained with 1-bit layers, {"activation"' in console.export_text()
+    with pytest.warns(FQTWarning, match="something else in float32, one of the methods; remedy: --methods qat,fqt"):
+        finetune(again(settings, overwrite=True), quiet())
+
+
+@pytest.mark.parametrize("value", [math.nan, 1])
+def test_nan_and_integers_in_weights(tmp_path, value):
+    state = tiny(10).state_dict()
+    state["0.bias"] = torch.full((8,), value)
+    with pytest.raises(CheckpointError, match=r"0\.bias \((8 of 8 values are NaN|got int64, the model has float32)"):
+        load_weights(tiny(10), state, "6", "w.pt")
+    state = tiny(10).state_dict()
+    state["6.bias"] = torch.full((10,), value)  # the head, of the right shape
+    with pytest.raises(CheckpointError, match=r"6\.bias \((10 of 10 values are NaN|got int64, the model has float32)"):
+        load_weights(tiny(10), state, "6", "w.pt")
+
+
+def in_checkpoint(settings, change) -> None:
+    state = state_of(settings, "checkpoint.pt")
+    change(state)
+    torch.save(state, settings.out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format=1), r"got format 1; accepted: 2; .*--overwrite"),
+        (lambda c: c.update(history=3), "history cannot have been written by this command"),
+        (lambda c: c.update(history={"fqt": {}}), "history cannot have been written"),
+        (lambda c: c.update(settings=[1]), "settings cannot have been written"),
+        (lambda c: c.update(model=[1]), "model cannot have been written"),
+        (lambda c: c["model"]["0.bias"].fill_(math.nan), r"model cannot .* or have NaN; .*remedy"),
+        (lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "optimizer cannot .* or have NaN"),
+        (lambda c: c["model"].pop("0.bias"), r"do not fit the model: 0\.bias \(got nothing"),
+        (lambda c: c["optimizer"]["param_groups"].pop(), "does not belong to this run"),
+        (lambda c: c.update(rng=torch.zeros(3)), "does not belong to this run"),
+    ],
+)
+def test_checkpoints_that_this_command_has_not_written(settings, change, message):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(again(settings, methods=("float32",)), quiet())
+    in_checkpoint(settings, change)
+    with pytest.raises(CheckpointError, match=message):
+        finetune(again(settings, methods=("float32",), resume=True), quiet())
+
+
+def test_a_previous_stage_with_nan(settings):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(again(settings, methods=("float32",)), quiet())
+    state = state_of(settings, "float32-pretrained.pt")
+    state["model"]["0.bias"].fill_(math.nan)
+    torch.save(state, settings.out / "float32-pretrained.pt")
+    with pytest.raises(CheckpointError, match=r"float32-pretrained\.pt do not fit .*0\.bias \(8 of 8 values are NaN"):
+        finetune(again(settings, methods=("float32",), resume=True), quiet())
+
+
+def test_nan_of_the_last_step_keeps_the_checkpoint(settings, monkeypatch):
+    train_epoch = job.Running.train_epoch
+
+    def broken(self, where, advance):
+        loss = train_epoch(self, where, advance)
+        if "epoch 2" in where:
+            with torch.no_grad():
+                self.model[0].bias.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(job.Running, "train_epoch", broken)
+    with pytest.raises(DivergedError, match=r"epoch 2: NaN or infinite values in 0\.bias.*--lr"):
+        finetune(again(settings, methods=("float32",)), quiet())
+    assert not state_of(settings, "checkpoint.pt")["model"]["0.bias"].isnan().any()
+
+
+def test_a_disk_full_at_a_checkpoint_loses_nothing(settings, tmp_path, monkeypatch):
+    settings = again(settings, methods=("float32",))
+    whole = finetune(again(settings, out=tmp_path / "whole"), quiet())
+    calls, fsync = [], os.fsync
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 3:  # the second checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match=r"checkpoint\.pt .*No space left.* unchanged; remedy: free space"):
+            finetune(settings, quiet())
+    assert not list(settings.out.glob(".*.tmp"))
+    (settings.out / ".checkpoint.pt.tmp").write_bytes(b"left by a killed process")
+    resumed = finetune(again(settings, resume=True), quiet())
+    assert resumed["methods"]["float32"]["loss_history"] == whole["methods"]["float32"]["loss_history"]
+    assert not list(settings.out.glob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_locked_or_cleared(settings, monkeypatch):
+    (settings.out / "checkpoint.pt").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"checkpoint\.pt cannot be removed .*; choose another folder"):
+        finetune(again(settings, overwrite=True), quiet())
+
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(OutputError, match=r"cannot be locked .*No locks available"):
+        finetune(settings, quiet())
 
 
 def test_bad_weights(tmp_path, monkeypatch):

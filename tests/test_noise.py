@@ -57,3 +57,24 @@ def test_streams_of_sites_and_roles_differ():
     assert len(streams) == 50 * len(noise.Role)
     assert noise.STEP_STREAM not in streams
     assert max(noise.Role) < noise.ROLES_PER_SITE
+
+
+def test_ranks_draw_different_seeds_from_one_generator(monkeypatch):
+    def drawn(rank: int) -> int:
+        monkeypatch.setattr(noise, "rank", lambda: rank)
+        torch.manual_seed(3)
+        return int(noise.draw_seed(torch.device("cpu")))
+
+    torch.manual_seed(3)
+    seed = int(torch.randint(0, 2**62, ()))
+    assert drawn(0) == seed  # as without a process group
+    assert drawn(5) == seed ^ (5 * 0x9E3779B97F4A7C15 % 2**62)
+    seeds = [drawn(rank) for rank in range(100)]
+    assert len({*seeds}) == 100
+    assert all(0 <= seed < noise.SEEDS for seed in seeds)
+
+
+def test_noise_of_ranks_is_uncorrelated():
+    ranks = [noise.uniform(INDEX, noise.stream_keys(7 ^ noise.rank_bits(rank), 1)).double() for rank in range(8)]
+    for a, b in itertools.combinations(ranks, 2):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 5 / math.sqrt(COUNT)

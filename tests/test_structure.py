@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fqt_compile"
 FLOORS = (
     ("errors",),
-    ("batches", "config", "cumulative", "kernels", "optional"),
-    ("cli_options", "models", "passes", "recalibrate", "results"),
-    ("inductor", "interpret", "notices"),
+    ("batches", "config", "cumulative", "data_parallel", "kernels", "optional"),
+    ("attention", "cli_options", "models", "passes", "recalibrate", "results"),
+    ("inductor", "interpret", "origin", "weights"),
+    ("status",),
+    ("notices", "watch"),
     ("backend",),
-    ("capture",),
+    ("capture", "saving"),
     ("eager_fqt",),
     ("bench", "finetune", "inspect"),
     ("cli",),
@@ -85,7 +87,7 @@ def test_public_names_stay_what_they_are_when_everything_is_imported():
     for module in pkgutil.walk_packages(fqt_compile.__path__, "fqt_compile."):
         if module.name.split(".")[1] not in LINKED:  # GPU kernels need Triton
             importlib.import_module(module.name)
-    for name in ("compare", "eager", "explain", "fqt1bit", "gradient_noise", "recalibrate"):
+    for name in ("compare", "eager", "explain", "fqt1bit", "gradient_noise", "load", "recalibrate", "save"):
         assert inspect.isfunction(getattr(fqt_compile, name)), name
     assert all(name in fqt_compile.__doc__ for name in fqt_compile.__all__)
 

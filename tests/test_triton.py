@@ -292,5 +292,5 @@ def test_generated_files_are_readable_and_written_once(tmp_path, monkeypatch):
     before = path.stat().st_mtime_ns
     assert gpu_codegen.write(wanted) == path
     assert path.stat().st_mtime_ns == before
-    path.write_text("truncated")
+    path.write_bytes(b"\xff truncated")
     assert "def gather_rows" in gpu_codegen.write(wanted).read_text()

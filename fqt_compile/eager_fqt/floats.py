@@ -70,7 +70,7 @@ class FloatLayer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         geometry, step = ctx.layer
         x, weight = ctx.saved_tensors
-        rows = step.kept_rows(ctx)
+        rows = step.kept_rows(ctx, x.shape[0])
         size = x.shape[0]
         if rows is not None:
             g, x = nhwc(gather(g, rows)), nhwc(gather(x, rows))

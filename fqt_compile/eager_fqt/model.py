@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..capture import SiteReport, capture
 from ..config import FQTConfig
+from ..data_parallel import unwrapped
 from ..errors import CaptureError, ConfigError
 from .calls import (
     BATCH_NORM_ARGUMENTS,
@@ -51,10 +52,10 @@ def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None)
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     settings = FQTConfig.from_options(config)
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
-    copied = copy.deepcopy(model, shared)
+    copied: Any = copy.deepcopy(model, shared)
     cls = getattr(model, "_fqt_class", type(model))  # of a copy by this function: that of what was copied
     members = {"forward": _eager_forward, "__module__": __name__, "_fqt_class": cls}
     copied.__class__ = type(f"EagerFQT{cls.__name__}", (cls,), members)
@@ -97,6 +98,9 @@ class _LayerMode(TorchFunctionMode):
                 return self._run(linear(x, weight.t(), bias), func, args, kwargs)
         if func in PRODUCTS and len(args) == 2 and is_parameter(args[1]):
             return self._run(linear(args[0], args[1].t()), func, args, kwargs)
+        if func in PRODUCTS and len(args) == 2 and is_parameter(args[0]) and args[1].dim() > 2:
+            # torch folds W @ x of a stack of matrices into one product with W^T from the right.
+            return self._run(linear(args[1].mT, args[0]), func, args, kwargs, turned=True)
         if func in BATCH_NORMS:
             return self._batch_norm(func, args, kwargs)
         if func is F.multi_head_attention_forward:
@@ -105,7 +109,10 @@ class _LayerMode(TorchFunctionMode):
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _run(self, call: LayerCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(
+        self, call: LayerCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], turned: bool = False
+    ) -> Any:
+        """``turned``: the function's result has channels and positions the other way round."""
         site = self._site(call)
         layer = PackedLayer if site.decision == "packed" else FloatLayer
         if layer is FloatLayer and not self.step.prunes_once and self.step.config.float_dtype == "float32":
@@ -115,7 +122,8 @@ class _LayerMode(TorchFunctionMode):
         x = call.x.reshape(-1, shape[-1]) if flattens else call.x
         output = layer.apply(x, call.weight, call.bias, call.geometry, site, self.next - 1, self.step)
         self.step.record(output, site)
-        return output.unflatten(0, shape[:-1]) if flattens else output
+        output = output.unflatten(0, shape[:-1]) if flattens else output
+        return output.mT if turned else output
 
     def _batch_norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """By `BatchNormLayer` where this batch's statistics are used and kept rows may come back."""

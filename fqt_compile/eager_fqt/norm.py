@@ -35,7 +35,7 @@ class BatchNormLayer(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, mean, invstd = ctx.saved_tensors
         eps, step, bias_dtype = ctx.layer
-        rows = step.kept_rows(ctx) if step.config.batch_norm == "project" else None
+        rows = step.kept_rows(ctx, x.shape[0]) if step.config.batch_norm == "project" else None
         dtypes = x.dtype, None if weight is None else weight.dtype, bias_dtype
         if rows is None:
             wanted = [True, weight is not None, bias_dtype is not None]

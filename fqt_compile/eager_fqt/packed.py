@@ -63,7 +63,7 @@ class PackedLayer(torch.autograd.Function):
         weight, values, mask, sign, alpha = ctx.saved_tensors
         values, sign = values.to(torch.float32), sign.to(torch.float32)
         backward = _LayerBackward(geometry, index, step, weight, values, mask, sign, alpha)
-        step_rows = step.kept_rows(ctx)
+        step_rows = step.kept_rows(ctx, g.shape[0])
         wanted = ctx.needs_input_grad
         if config.grad == "exact":
             grad_input, grad_weight = backward.exact(g.to(torch.float32), wanted)

@@ -34,12 +34,13 @@ class Step:
         self.recorder = recorder
         self._seed = seed
         self._layers: list[tuple[Node, SiteReport, int]] = []
-        self._norms: set[Node] = set()
+        self._norms: list[tuple[Node, int]] = []
+        self._samples: int | None = None
 
     def seed(self) -> int:
-        """The step's seed, drawn from torch's default generator the first time it is wanted."""
+        """The step's seed, drawn the first time it is wanted, as the compiled graph does."""
         if self._seed is None:
-            self._seed = int(torch.randint(0, 2**62, ()))
+            self._seed = int(noise.draw_seed(torch.device("cpu")))
         return self._seed
 
     def keys(self, stream: int) -> tuple[int, int]:
@@ -51,11 +52,14 @@ class Step:
 
     def record_batch_norm(self, output: Tensor) -> None:
         if output.grad_fn is not None:
-            self._norms.add(output.grad_fn)
+            self._norms.append((output.grad_fn, output.shape[0]))
 
-    def kept_rows(self, ctx: Any) -> Tensor | None:
-        """The rows chosen once per step, if the gradient of the autograd node ``ctx`` has these only."""
-        return self.rows if self.rows is not None and ctx in self.below else None
+    def kept_rows(self, ctx: Any, rows: int) -> Tensor | None:
+        """The rows chosen once per step, if the gradient of the node ``ctx``, of ``rows`` rows, has these only.
+
+        What is not made of samples (a weight that is normalized) has other rows.
+        """
+        return self.rows if self.rows is not None and ctx in self.below and rows == self._samples else None
 
     def select(self, importance: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -73,7 +77,9 @@ class Step:
             return output
         tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
         roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
-        flow = AutogradFlow(roots, self._norms, samples.pop())
+        self._samples = samples.pop()
+        norms = {node for node, rows in self._norms if rows == self._samples}
+        flow = AutogradFlow(roots, norms, self._samples)
         nodes = [node for node, _, _ in packed if node in flow.nodes]
         if not nodes:
             return output

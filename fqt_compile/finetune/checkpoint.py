@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import fcntl
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from ..errors import FQTError
 from ..optional import optional_import
-from ..results import OutputError, write_atomic
+from ..results import TEMPORARY, OutputError
+from ..weights import CheckpointError, fit, plain_names, read, unpack
 
-FORMAT = 1  # of the checkpoint file; raised whenever its keys change
+FORMAT = 2  # of the checkpoint file; raised whenever its keys change
 CHECKPOINT = "checkpoint.pt"
 RESULTS = "results.json"
 PLOT = "results.png"
 LOCK = ".lock"
+ADDED = {"processes": 1}  # settings that older checkpoints do not name, and what they had
 KEYS = {
     "format",
     "settings",
@@ -34,44 +35,6 @@ KEYS = {
 }
 
 
-class CheckpointError(FQTError, RuntimeError):
-    """A checkpoint or a state dict is absent, broken, or belongs to other settings."""
-
-
-def save_state(state: Mapping[str, Any], path: Path) -> None:
-    """``torch.save``, atomically."""
-    write_atomic(path, lambda file: torch.save(dict(state), file))
-
-
-def load_state(path: Path, what: str) -> dict[str, Any]:
-    """A dictionary written by ``torch.save``, loaded on the CPU with ``weights_only=True``.
-
-    The file's checksums are verified first, so a flipped bit is noticed as well as a truncated file.
-
-    Raises
-    ------
-    CheckpointError: absent, truncated, altered, not a dictionary; ``what`` names its role in the message.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{what} {path}: no such file")
-    remedy = "accepted: a dictionary written by torch.save; the file is unchanged, replace it by a good copy"
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                raise CheckpointError(f"{what} {path}: wrong checksum of {broken}; {remedy}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch.load raises anything on a broken file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{what} {path}: truncated or not readable ({reason}); {remedy}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{what} {path}: got {type(state).__name__}; {remedy}")
-    return state
-
-
 def read_weights(arch: str, weights: str) -> dict[str, Any]:
     """The state dict of ``--weights``: ``"DEFAULT"`` is torchvision's best for ``arch``, else a file.
 
@@ -80,7 +43,7 @@ def read_weights(arch: str, weights: str) -> dict[str, Any]:
     CheckpointError: no pre-trained weights for ``arch``, not in torch's cache and no download; a broken file.
     """
     if weights != "DEFAULT":
-        return load_state(Path(weights).expanduser(), "weights")
+        return read(Path(weights).expanduser(), "weights")
     models = optional_import("torchvision.models")
     if arch not in models.list_models(module=models):
         raise CheckpointError(
@@ -102,37 +65,21 @@ def read_weights(arch: str, weights: str) -> dict[str, Any]:
 def load_weights(model: torch.nn.Module, state: Mapping[str, Any], head: str | None, source: str) -> list[str]:
     """Copy a state dict into ``model``; entries of the module ``head`` may be absent or of another shape.
 
-    Prefixes that ``torch.compile`` and ``DataParallel`` put before every name are removed. Returns one line
-    for every entry of the head that keeps its fresh initialization.
+    ``state``: plain, or a file of `fqt_compile.save` or of this command. Returns one line about how its weights were
+    trained, if it says so, and one for every entry of the head that keeps its fresh initialization.
 
     Raises
     ------
-    CheckpointError: any other entry is absent, unexpected or of another shape.
+    CheckpointError: any other entry is absent, unexpected, of another shape or kind, or not finite.
     """
-    given = dict(state)
-    for prefix in ("_orig_mod.", "module."):
-        torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(given, prefix)
-    own = model.state_dict()
+    weights = unpack(state, source)
+    own = plain_names(model.state_dict())
     of_head = {name for name in own if head is not None and name.startswith(f"{head}.")}
-    notes, wrong = [], [f"{name} (not in the model)" for name in given if name not in own]
-    for name, tensor in own.items():
-        got = given.get(name)
-        if isinstance(got, torch.Tensor) and got.shape == tensor.shape:
-            continue
-        shape = list(got.shape) if isinstance(got, torch.Tensor) else "nothing"
-        line = f"{name} (got {shape}, the model has {list(tensor.shape)})"
-        if name in of_head:
-            notes.append(f"weights {source}: {line} is left at its fresh initialization")
-            given.pop(name, None)
-        else:
-            wrong.append(line)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(
-            f"weights {source} do not fit the model: {'; '.join(wrong[:3])}{more}; "
-            "accepted: a state dict of the same --arch, where only the last linear layer may differ"
-        )
-    model.load_state_dict(given, strict=False)
+    fitting, absent = fit(model, weights.tensors, source, of_head)
+    model.load_state_dict(fitting, strict=False)
+    notes = [f"weights {source}: {line} is left at its fresh initialization" for line in absent]
+    if weights.config is not None:
+        notes.insert(0, f"weights {source}: trained with 1-bit layers, {weights.config.canonical()}")
     return notes
 
 
@@ -155,18 +102,19 @@ class Workspace:
 
         Raises `CheckpointError` naming the first differing setting; no file is changed.
         """
-        state = load_state(self.checkpoint, "checkpoint")
+        state = read(self.checkpoint, "checkpoint")
+        if (got := state.get("format", FORMAT)) != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {self.checkpoint}: got format {got}; accepted: {FORMAT}; "
+                "continue with the version that wrote it, or start again with --overwrite"
+            )
         if missing := sorted(KEYS - set(state)):
             raise CheckpointError(
                 f"checkpoint {self.checkpoint}: lacks {', '.join(missing)}; accepted: one of this command"
             )
-        if state["format"] != FORMAT:
-            raise CheckpointError(
-                f"checkpoint {self.checkpoint}: got format {state['format']}; accepted: {FORMAT}; "
-                "continue with the version that wrote it, or start again with --overwrite"
-            )
+        _check_kinds(state, self.checkpoint)
         for name in sorted({*settings, *state["settings"]}):
-            was, now = state["settings"].get(name), settings.get(name)
+            was, now = state["settings"].get(name, ADDED.get(name)), settings.get(name)
             if was != now:
                 raise CheckpointError(
                     f"--resume: setting {name!r} is {now!r}, but the checkpoint was written with {was!r}; "
@@ -178,6 +126,21 @@ class Workspace:
                 "restore them, or start again with another --out or --overwrite"
             )
         return state
+
+
+def _check_kinds(state: Mapping[str, Any], path: Path) -> None:
+    """Raise `CheckpointError` for contents that only another program can have written, and for NaN in them."""
+    records = state["history"].values() if isinstance(state["history"], dict) else [None]
+    wrong = [name for name in ("settings", "model", "optimizer", "scheduler") if not isinstance(state[name], dict)]
+    wrong += [] if all(isinstance(r, dict) and isinstance(r.get("epochs"), list) for r in records) else ["history"]
+    for name in ("model", "optimizer"):
+        tensors = [leaf for leaf in tree_leaves(state[name]) if isinstance(leaf, torch.Tensor)]
+        wrong += [name] if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors) else []
+    if wrong:
+        raise CheckpointError(
+            f"checkpoint {path}: {', '.join(wrong)} cannot have been written by this command, or have NaN; accepted: a "
+            "checkpoint as it was written; remedy: a good copy, or start again with --overwrite"
+        )
 
 
 @contextmanager
@@ -201,6 +164,8 @@ def open_workspace(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[W
             raise OutputError(
                 f"--out {folder}: in use by another fqt1bit process; wait for it or choose another folder"
             ) from error
+        except OSError as error:
+            raise OutputError(f"--out {folder}: cannot be locked ({error}); choose a folder on another disk") from error
         _check_contents(folder, resume, overwrite)
         yield Workspace(folder)
 
@@ -214,6 +179,10 @@ def _check_contents(folder: Path, resume: bool, overwrite: bool) -> None:
             f"--out {folder}: already holds {files[0].name}; continue that run with --resume, replace it "
             "with --overwrite, or choose another folder"
         )
-    if overwrite:
-        for name in (CHECKPOINT, RESULTS, PLOT):
-            (folder / name).unlink(missing_ok=True)
+    left = [folder / TEMPORARY.format(name) for name in (CHECKPOINT, RESULTS, PLOT)]  # by a killed process
+    replaced = [folder / name for name in (CHECKPOINT, RESULTS, PLOT)] if overwrite else []
+    try:
+        for file in (*left, *replaced):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"--out {folder}: {file.name} cannot be removed ({error}); choose another folder") from error

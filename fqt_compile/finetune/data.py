@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 from ..optional import optional_import
-from .sources import DataError, existing_folder, load_cifar10, load_digits, load_fashion_mnist, load_folder
+from .folders import existing_folder, load_folder
+from .ranks import ALONE, Ranks
+from .sources import DataError, load_cifar10, load_digits, load_fashion_mnist
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,28 +50,31 @@ class ImageData:
         normalized: Tensor = functional.normalize(scaled, list(self.mean), list(self.std))
         return normalized.contiguous(memory_format=torch.channels_last)
 
-    def train_loader(self, batch: int, generator: torch.Generator) -> DataLoader[Any]:
+    def train_loader(self, batch: int, generator: torch.Generator, ranks: Ranks = ALONE) -> DataLoader[Any]:
         """Shuffled full batches ``(float32 [batch, 3, size, size], int64 [batch])``; the rest is dropped.
 
-        The order depends on ``generator`` only, so its state is all that an exact resume has to restore.
+        Of several processes each gets its share of the same batches, ``batch / ranks.world`` images. The order depends
+        on ``generator`` only, so its state, which is that of all processes, is all that an exact resume has to restore.
         """
         dataset = TensorDataset(self.train_images, self.train_labels)
         batches = BatchSampler(RandomSampler(dataset, generator=generator), batch, drop_last=True)
         return DataLoader(
             dataset,
-            sampler=batches,
+            sampler=_Shares(batches, ranks),
             batch_size=None,
             generator=generator,
             collate_fn=lambda pair: (self.normalize(pair[0]), pair[1]),
         )
 
-    def test_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def test_batches(self, batch: int, ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
         """The test set in order as ``(float32 [batch, 3, size, size], int64 [n])`` with n <= batch.
+
+        Of several processes each gets every ``ranks.world``-th of these batches.
 
         Every image tensor has ``batch`` entries, so that a compiled model keeps its static shape: the last
         one is filled up with images from the start of the test set. Only the first n predictions count.
         """
-        for start in range(0, len(self.test_labels), batch):
+        for start in range(ranks.rank * batch, len(self.test_labels), ranks.world * batch):
             indices = torch.arange(start, start + batch) % len(self.test_labels)
             yield self.normalize(self.test_images[indices]), self.test_labels[start : start + batch]
 
@@ -79,6 +84,19 @@ class ImageData:
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
+
+
+class _Shares(Sampler[Any]):
+    """One process's shares of batches of indices."""
+
+    def __init__(self, batches: BatchSampler, ranks: Ranks) -> None:
+        self.batches, self.ranks = batches, ranks
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.ranks.share, self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
 
 def load(name: str, *, root: Path | None = None, size: int = 32, limit: int | None = None, seed: int = 0) -> ImageData:

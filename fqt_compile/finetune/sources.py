@@ -1,19 +1,17 @@
-"""Where images come from: scikit-learn, the system's packages, torchvision's files and folders of images."""
+"""Where images come from: scikit-learn, the system's packages and torchvision's files (folders: `folders`)."""
 
 from __future__ import annotations
 
 import gzip
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import FQTError, did_you_mean
+from ..errors import FQTError
 from ..optional import optional_import
 
 DATASETS = ("digits", "fashion-mnist", "cifar10")
@@ -22,6 +20,7 @@ FASHION_MNIST_REMEDY = (
     "install the Debian package dataset-fashion-mnist, or give --data-root with the folder that holds FashionMNIST/raw"
 )
 TEST_FRACTION = 0.2  # of a data set that comes in one piece
+UNSIGNED_BYTE = 8  # the type code of the format idx
 DIGITS_WHITE = 16  # the brightest pixel of scikit-learn's digits
 RESIZE_CHUNK = 4096  # images resized at a time, which bounds the memory of the resize
 
@@ -33,14 +32,14 @@ class DataError(FQTError, ValueError):
     """A data set is unknown, absent, unreadable or too small."""
 
 
-def _chosen(count: int, limit: int | None, seed: int) -> Tensor:
+def chosen(count: int, limit: int | None, seed: int) -> Tensor:
     """Indices [min(count, limit)] of a subset drawn by ``seed``; all in order without a limit."""
     if limit is None or limit >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit]
 
 
-def _split(count: int, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def split(count: int, limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Training and test indices of a set in one piece: shuffled by ``seed``, the last fifth is the test."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     tests = max(1, round(TEST_FRACTION * count))
@@ -61,50 +60,66 @@ def load_digits(size: int, limit: int | None, seed: int) -> Loaded:
     digits = optional_import("sklearn.datasets").load_digits()
     images = (torch.from_numpy(digits.images) * (255 / DIGITS_WHITE)).round().to(torch.uint8)[:, None]
     part = images, torch.from_numpy(digits.target).long()
-    train, test = _split(len(images), limit, seed)
+    train, test = split(len(images), limit, seed)
     classes = [str(name) for name in digits.target_names]
     return _resized(part, train, size), _resized(part, test, size), classes
 
 
-@contextmanager
-def _fashion_mnist_root(root: Path | None) -> Iterator[Path]:
-    """A torchvision root: the system package's files unpacked into a temporary one, else ``root``."""
-    archives = sorted(SYSTEM_FASHION_MNIST.glob("*-ubyte.gz"))
-    if not archives:
-        if root is None:
-            raise DataError(
-                f"data 'fashion-mnist': no files in {SYSTEM_FASHION_MNIST} and no --data-root; {FASHION_MNIST_REMEDY}"
-            )
-        yield root
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder, "FashionMNIST", "raw")
-        raw.mkdir(parents=True)
-        for archive in archives:
-            try:
-                with gzip.open(archive) as packed, (raw / archive.stem).open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
-            except (OSError, EOFError) as error:
-                raise DataError(
-                    f"data 'fashion-mnist': {archive} is broken ({error}); reinstall the package"
-                ) from error
-        yield Path(folder)
+def _fashion_mnist_folder(root: Path | None) -> tuple[Path, str]:
+    """Where the files are: a folder that exists for the user, and the way from there."""
+    if any(SYSTEM_FASHION_MNIST.glob("*-ubyte.gz")):
+        return SYSTEM_FASHION_MNIST, ""
+    if root is None:
+        raise DataError(
+            f"data 'fashion-mnist': no files in {SYSTEM_FASHION_MNIST} and no --data-root; {FASHION_MNIST_REMEDY}"
+        )
+    return root, "FashionMNIST/raw/"
+
+
+def read_idx(path: Path, dimensions: int) -> Tensor:
+    """The values of a file in the format idx, uint8, packed by gzip where its name ends so.
+
+    Raises `DataError`: not readable, another format, other dimensions, too short or too long.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"data: {path} is broken ({error}); remedy: replace it by a good copy") from error
+    start = 4 + 4 * dimensions
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
+    if content[:4] != bytes([0, 0, UNSIGNED_BYTE, dimensions]) or len(content) != start + math.prod(shape):
+        raise DataError(
+            f"data: {path} is broken (got {len(content)} bytes that begin with {content[:start].hex()}); accepted: the "
+            f"format idx, unsigned bytes in {dimensions} dimensions; remedy: replace it by a good copy"
+        )
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].view(shape)
+
+
+def _fashion_mnist_part(base: Path, way: str, part: str, classes: int) -> Part:
+    def read(kind: str, dimensions: int) -> Tensor:
+        name = f"{way}{part}-{kind}-idx{dimensions}-ubyte"
+        for path in (base / name, base / f"{name}.gz"):
+            if path.is_file():
+                return read_idx(path, dimensions)
+        raise DataError(f"data 'fashion-mnist': {base} has no readable {name} or {name}.gz; {FASHION_MNIST_REMEDY}")
+
+    images, labels = read("images", 3), read("labels", 1).long()
+    if len(images) != len(labels) or not len(labels) or int(labels.max()) >= classes:
+        raise DataError(
+            f"data 'fashion-mnist': the part {part} in {base} has {len(images)} images and {len(labels)} labels up to "
+            f"{max(labels.tolist(), default=0)}; accepted: as many, and labels below {classes}; {FASHION_MNIST_REMEDY}"
+        )
+    return images[:, None], labels
 
 
 def load_fashion_mnist(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
     """Fashion-MNIST, of the system's package or below ``root``."""
-    FashionMNIST = optional_import("torchvision.datasets").FashionMNIST
-    with _fashion_mnist_root(root) as found:
-        try:
-            parts = [FashionMNIST(found, train=train, download=False) for train in (True, False)]
-        except Exception as error:  # torchvision's parser raises anything on a broken file
-            raise DataError(
-                f"data 'fashion-mnist': {found} has no readable FashionMNIST/raw ({error}); {FASHION_MNIST_REMEDY}"
-            ) from error
-    train, test = (
-        _resized((part.data[:, None], part.targets.long()), _chosen(len(part), limit, seed), size) for part in parts
-    )
-    return train, test, parts[0].classes
+    classes = optional_import("torchvision.datasets").FashionMNIST.classes
+    base, way = _fashion_mnist_folder(root)
+    parts = [_fashion_mnist_part(base, way, part, len(classes)) for part in ("train", "t10k")]
+    train, test = (_resized(part, chosen(len(part[1]), limit, seed), size) for part in parts)
+    return train, test, classes
 
 
 def load_cifar10(root: Path | None, size: int, limit: int | None, seed: int) -> Loaded:
@@ -120,73 +135,9 @@ def load_cifar10(root: Path | None, size: int, limit: int | None, seed: int) -> 
     train, test = (
         _resized(
             (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)),
-            _chosen(len(part), limit, seed),
+            chosen(len(part), limit, seed),
             size,
         )
         for part in parts
     )
     return train, test, parts[0].classes
-
-
-def existing_folder(name: str) -> Path:
-    """The folder called ``name``, or the error for what it is instead."""
-    accepted = f"{', '.join(DATASETS)}, or a folder of images"
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise DataError(f"data: {name!r} is a file; accepted: {accepted}")
-    if path.name != name:
-        raise DataError(f"data: the folder {name!r} does not exist; accepted: {accepted}")
-    raise DataError(f"data: unknown data set or folder {name!r}{did_you_mean(name, DATASETS)}; accepted: {accepted}")
-
-
-def _image_folder(folder: Path) -> Any:
-    """torchvision's ``ImageFolder`` (with ``samples``: (file, class index) pairs), or a clear error."""
-    try:
-        found = optional_import("torchvision.datasets").ImageFolder(folder)
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"data {str(folder)!r}: {reason}; accepted: one folder per class with image files, "
-            f"such as {folder}/cat/1.png, or such folders below train/ and val/ (or test/)"
-        ) from error
-    if len(found.classes) < 2:
-        raise DataError(f"data {str(folder)!r}: got one class ({found.classes[0]!r}); accepted: two classes or more")
-    return found
-
-
-def _decoded(samples: Sequence[tuple[str, int]], size: int) -> Part:
-    """Image files -> uint8 [N, 3, size, size] and labels int64 [N]."""
-    v2 = optional_import("torchvision.transforms.v2")
-    decode = optional_import("torchvision.datasets.folder").default_loader
-    to_tensor = v2.Compose([v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-    for row, (file, _) in zip(images, samples, strict=True):
-        try:
-            row.copy_(to_tensor(decode(file)))
-        except Exception as error:  # each decoder has its own errors; all mean an unreadable file
-            raise DataError(f"data: the image {file} cannot be read ({error}); repair or remove it") from error
-    return images, torch.tensor([label for _, label in samples])
-
-
-def load_folder(folder: Path, size: int, limit: int | None, seed: int) -> Loaded:
-    """A folder of images, one folder per class, with or without a test part of its own."""
-    test_folder = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
-    if (folder / "train").is_dir() and test_folder:
-        train_set, test_set = _image_folder(folder / "train"), _image_folder(test_folder)
-        if train_set.classes != test_set.classes:
-            differing = sorted(set(train_set.classes) ^ set(test_set.classes))
-            raise DataError(
-                f"data {str(folder)!r}: train and {test_folder.name} must have the same classes; "
-                f"only one of them has {', '.join(differing)}"
-            )
-        train, test = _chosen(len(train_set), limit, seed), _chosen(len(test_set), limit, seed)
-    else:
-        train_set = test_set = _image_folder(folder)
-        train, test = _split(len(train_set), limit, seed)
-    return (
-        _decoded([train_set.samples[i] for i in train.tolist()], size),
-        _decoded([test_set.samples[i] for i in test.tolist()], size),
-        train_set.classes,
-    )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..backend import FQTPass
 from ..config import FQTConfig
+from ..data_parallel import unwrapped
 from ..errors import CaptureError, ConfigError
 from .noise import GradientNoise, measure
 from .runs import (
@@ -126,7 +127,7 @@ def compare(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
     settings = FQTConfig.from_options(config).replace(lowering="native")
-    run = Runs(model, args, kwargs or {}, settings, loss or _mean_square)
+    run = Runs(unwrapped(model), args, kwargs or {}, settings, loss or _mean_square)
     losses: dict[str, float] = {}
     gradients: dict[str, dict[str, Tensor]] = {}
     losses["compiled"], gradients["compiled"] = run.compiled()

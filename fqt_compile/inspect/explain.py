@@ -19,6 +19,7 @@ from ..capture import CapturedGraph, SiteReport, capture
 from ..config import FQTConfig
 from ..errors import ConfigError
 from ..passes.region import FusedProgram
+from ..results import write_atomic
 
 SHOWN = 4
 """Layers named in one line."""
@@ -82,7 +83,8 @@ class Report:
             console.print(Panel(Syntax(text, "python", word_wrap=False), title=f"graph after pass: {name}"))
         for name, text in self.kernels.items():
             console.print(Panel(Syntax(text, "cpp"), title=f"kernel: {name}"))
-        path.write_text(console.export_html() if html else console.export_text(), encoding="utf-8")
+        text = console.export_html() if html else console.export_text()
+        write_atomic(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
     def _table(self) -> Table:
         table = Table(title=f"fqt1bit: {len(self.packed)} of {len(self.sites)} layers packed")

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..backend import FQTPass, fqt1bit, parameter_names
+from ..backend import FQTPass, fqt1bit
 from ..capture import run_captured
 from ..config import FQTConfig
 from ..eager_fqt.model import eager
 from ..interpret import NativeInterpreter, ReferenceInterpreter, compile_interpreted
 from ..kernels.operations import OPERATIONS
+from ..origin import names_in_model
 from ..passes.graph import Provenance, provenance
 from ..passes.pipeline import UNOPTIMIZED, analyse, run_pipeline
 
@@ -48,7 +49,7 @@ class Runs:
         values: Values = {}
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            joint = joint_pass(self.config, parameter_names(gm, inputs), self._note_sites)
+            joint = joint_pass(self.config, names_in_model(gm, inputs), self._note_sites)
             return compile_interpreted(gm, inputs, joint, lambda graph: interpreter(graph, values))
 
         loss, _ = self._gradients(self.model, backend)

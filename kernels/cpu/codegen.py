@@ -15,23 +15,19 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...errors import CompilerMissingError, KernelBuildError
+from ...errors import KernelBuildError
 from .. import rendering
-from ..cache import cache_directory, replacing
+from ..cache import CACHE_ENVIRONMENT, cache_directory, locked, replacing, scratch
 from ..rendering import PARAMETERS, PROGRAM_TEMPLATES
+from .compiler import OPENMP, Command, find_compiler, has_openmp, run, version
 from .isa import ISAS
 
 TEMPLATES = rendering.TEMPLATES / "cpu"
-COMPILERS = ("c++", "g++", "clang++")
-OPENMP = "-fopenmp"
 # IEEE float32 as written: no contraction to fused multiply-add, no -ffast-math. The two -fno- flags only promise
 # that nobody reads errno or the floating-point exception flags.
 FLAGS = (
@@ -39,8 +35,8 @@ FLAGS = (
     *("-shared", "-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"),
 )
 HEADERS = "headers.h"
-OUTPUT_LINES = 12
-"""Lines of compiler output in an error message."""
+LAYOUT = "2"
+"""Part of every name: raised when libraries of earlier versions must not be used. Those of 1 may have no threads."""
 
 Parameters = tuple[tuple[str, Any], ...]
 """What a template is rendered with besides `PARAMETERS`; hashable, so that it can name a library."""
@@ -61,120 +57,95 @@ def rendered_sources(programs: Iterable[tuple[str, Parameters]] = ()) -> dict[st
     return sources | {f"{template}-{i}": render(template, p) for i, (template, p) in enumerate(programs, 1)}
 
 
-def find_compiler() -> list[str]:
-    """The compiler's command: ``$CXX``, else the first of c++, g++, clang++ on PATH."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
-    for command in [wanted] if wanted else [[name] for name in COMPILERS]:
-        path = shutil.which(command[0])
-        if path is not None:
-            return [path, *command[1:]]
-    looked_for = f"CXX={wanted[0]!r}, which does not exist" if wanted else f"{', '.join(COMPILERS)} on PATH, found none"
-    raise CompilerMissingError(
-        f"native kernels need a C++ compiler: looked for {looked_for}; remedy: install g++, set CXX to a C++ "
-        'compiler, or run without native kernels, options={"lowering": "eager"}'
-    )
-
-
-@functools.cache
-def _compiler_version(command: tuple[str, ...]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-
-
-def _key(source: str, flags: tuple[str, ...], compiler: list[str]) -> str:
-    parts = (source, *flags, *compiler, _compiler_version(tuple(compiler)), platform.machine(), platform.system())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+def _key(source: str, flags: tuple[str, ...], compiler: Command) -> str:
+    parts = (LAYOUT, source, *flags, *compiler, version(compiler), platform.machine(), platform.system())
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _intact(library: Path) -> bool:
-    """Whether the library is there, complete and unchanged; a truncated one would crash the loader."""
-    checksum = library.with_suffix(".sha256")
-    with contextlib.suppress(FileNotFoundError):
-        return checksum.read_text() == _checksum(library)
+def _intact(made: Path) -> bool:
+    """Whether what was compiled is there, complete and unchanged; a truncated library would crash the loader.
+
+    A checksum that cannot be read is none.
+    """
+    with contextlib.suppress(OSError):
+        return made.with_suffix(".sha256").read_bytes() == _checksum(made).encode()
     return False
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time builds a library; where locks do not exist they build it several times."""
-    with open(path, "w") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _run(command: Iterable[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(list(command), capture_output=True, text=True, check=False)
+def _publish(part: Path, made: Path) -> None:
+    """Move what was compiled to its place; until its checksum is there it counts as broken."""
+    checksum = _checksum(part)
+    os.replace(part, made)
+    with replacing(made.with_suffix(".sha256")) as written:
+        written.write_text(checksum)
 
 
 @functools.cache
-def _precompiled_headers(compiler: tuple[str, ...], flags: tuple[str, ...], directory: Path) -> tuple[str, ...]:
+def _precompiled_headers(compiler: Command, flags: tuple[str, ...], directory: Path) -> tuple[str, ...]:
     """Flags with which the headers that every kernel includes are read as compiled once: half of a kernel's time.
 
     No flags where that fails. The compiled kernel is the same byte for byte.
     """
     text = (TEMPLATES / HEADERS).read_text()
-    header = directory / f"headers-{_key(text, flags, list(compiler))}.h"
+    header = directory / f"headers-{_key(text, flags, compiler)}.h"
     precompiled = Path(f"{header}.gch")
-    with _locked(header.with_suffix(".lock")):
-        if not precompiled.exists():
+    with contextlib.suppress(KernelBuildError), locked(header):
+        if not _intact(precompiled):
             with replacing(header) as part:
                 part.write_text(text)
-            with contextlib.suppress(_NotPrecompiled), replacing(precompiled) as part:
-                if _run([*compiler, *flags, "-x", "c++-header", str(header), "-o", str(part)]).returncode:
-                    raise _NotPrecompiled
-    return ("-include", str(header)) if precompiled.exists() else ()
+            with scratch(header) as folder:
+                made = folder / precompiled.name
+                if not run([*compiler, *flags, "-x", "c++-header", str(header)], made).made:
+                    header.unlink()
+                    return ()
+                _publish(made, precompiled)
+        return ("-include", str(header))
+    return ()
 
 
-class _NotPrecompiled(Exception):
-    """The compiler has no precompiled headers."""
+def _compile(compiler: Command, flags: tuple[str, ...], headers: tuple[str, ...], source: Path, output: Path) -> None:
+    """Compile a source, twice if need be: without what was precompiled, or because the compiler was killed.
 
-
-def _compile(compiler: list[str], flags: tuple[str, ...], source: Path, output: Path) -> None:
-    """Compile, without threads where the compiler has no OpenMP. Raises `KernelBuildError`."""
-    headers = _precompiled_headers(tuple(compiler), flags, output.parent)
-    if headers and _run([*compiler, *flags, *headers, str(source), "-o", str(output)]).returncode == 0:
+    Never without a flag: what a library can do must not depend on what went wrong once. Raises `KernelBuildError`.
+    """
+    first = run([*compiler, *flags, *headers, str(source)], output)
+    if first.made:
         return
-    command = [*compiler, *flags, str(source), "-o", str(output)]
-    result = _run(command)
-    if result.returncode == 0 or _run(part for part in command if part != OPENMP).returncode == 0:
-        return
-    lines = (result.stderr or result.stdout).strip().splitlines()[:OUTPUT_LINES]
-    raise KernelBuildError(
-        "\n".join(
-            [
-                f"{source.name}: the C++ compiler failed with status {result.returncode}; remedy: set CXX to another "
-                'compiler, or options={"lowering": "eager"}',
-                f"command: {shlex.join(command)}",
-                *lines,
-            ]
-        )
-    )
+    again = run([*compiler, *flags, str(source)], output) if headers or first.killed else first
+    if not again.made:
+        raise again.error(source.name)
+    if headers and not first.killed:  # they are broken; the next process makes them again
+        Path(f"{headers[-1]}.gch").unlink(missing_ok=True)
 
 
 def build(template: str, isa: str, parameters: Parameters = ()) -> Path:
     """The path of a template's library for one instruction set, compiled unless an intact one is cached."""
-    compiler, source, directory = find_compiler(), render(template, parameters), cache_directory()
-    flags = (*FLAGS, OPENMP, *ISAS[isa].compile_flags)
-    library = directory / f"{template}-{isa}-{_key(source, flags, compiler)}.so"
+    compiler, source, directory = tuple(find_compiler()), render(template, parameters), cache_directory()
+    flags = (*FLAGS, *ISAS[isa].compile_flags)
+
+    def named(flags: tuple[str, ...]) -> Path:
+        return directory / f"{template}-{isa}-{_key(source, flags, compiler)}.so"
+
+    threaded = (*flags, OPENMP)
+    if _intact(named(threaded)):
+        return named(threaded)
+    flags = threaded if has_openmp(compiler, directory) else flags
+    library = named(flags)
     if _intact(library):
         return library
-    readable = library.with_suffix(".cpp")
-    with _locked(library.with_suffix(".lock")):
-        if _intact(library):
-            return library
-        with replacing(readable) as part:
-            part.write_text(source)
-        with replacing(library) as part:
-            _compile(compiler, flags, readable, part)
-            checksum = _checksum(part)
-        with replacing(library.with_suffix(".sha256")) as part:
-            part.write_text(checksum)
+    headers = _precompiled_headers(compiler, flags, directory)
+    with locked(library):
+        if not _intact(library):
+            with replacing(library.with_suffix(".cpp")) as part:
+                part.write_text(source)
+            with scratch(library) as folder:
+                made = folder / library.name
+                _compile(compiler, flags, headers, library.with_suffix(".cpp"), made)
+                _publish(made, library)
     return library
 
 
@@ -185,11 +156,30 @@ def library(template: str, isa: str, parameters: Parameters = ()) -> ctypes.CDLL
         return loaded
     with _lock:
         if (template, isa, parameters) not in _libraries:
-            path = build(template, isa, parameters)
-            try:
-                _libraries[template, isa, parameters] = ctypes.CDLL(str(path))
-            except OSError as error:
-                raise KernelBuildError(
-                    f"{path}: cannot be loaded ({error}); remedy: delete it and try again"
-                ) from error
+            _libraries[template, isa, parameters] = _loaded(build(template, isa, parameters))
         return _libraries[template, isa, parameters]
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """Load an intact library. One that cannot be loaded is removed, unless it is its folder that forbids it."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        if _runs_no_code(path.parent) or ("failed to map segment" in str(error) and "memory" not in str(error)):
+            raise KernelBuildError(
+                f"{path}: the system runs no code from this directory ({error}; it may be mounted noexec); remedy: set "
+                f"{CACHE_ENVIRONMENT} to a directory on a disk that allows execution"
+            ) from error
+        for file in (path.with_suffix(".sha256"), path):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise KernelBuildError(
+            f"{path}: cannot be loaded ({error}) and is removed; remedy: try again, which compiles it anew; if that "
+            'does not help, set CXX to another C++ compiler, or options={"lowering": "eager"}'
+        ) from error
+
+
+def _runs_no_code(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(os.statvfs(directory).f_flag & getattr(os, "ST_NOEXEC", 0))
+    return False

@@ -8,10 +8,9 @@ bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import json
+import math
 import threading
 import time
 import warnings
@@ -52,9 +51,9 @@ def _faster(threads: int) -> str:
     parts = (cache.machine_name(), codegen.find_compiler(), threads, source, flags)
     path = cache.cache_directory() / f"counting-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.json"
     with _lock:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
-            known = json.loads(path.read_text())
-            return min(CANDIDATES, key=lambda isa: float(known[isa]))
+        known = cache.recalled(path)
+        if isinstance(known, dict) and all(_is_duration(known.get(isa)) for isa in CANDIDATES):
+            return min(CANDIDATES, key=known.__getitem__)
         try:
             measured = dict(zip(CANDIDATES, _seconds(threads), strict=True))
         except KernelBuildError as error:
@@ -62,9 +61,12 @@ def _faster(threads: int) -> str:
                 f"products of gradients use popcounts, tables were not compared: {error}", FQTWarning, stacklevel=2
             )
             return CANDIDATES[0]
-        with contextlib.suppress(OSError), cache.replacing(path) as part:  # then the next process measures again
-            part.write_text(json.dumps(measured))
+        cache.keep(path, measured)
     return min(CANDIDATES, key=measured.__getitem__)
+
+
+def _is_duration(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
 
 
 def _seconds(threads: int, isas: tuple[str, ...] = CANDIDATES) -> list[float]:

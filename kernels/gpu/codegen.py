@@ -8,6 +8,7 @@ constants are sizes of blocks and convolutions. Importing this imports no Triton
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -57,9 +58,11 @@ def write(wanted: Spec) -> Path:
     source = render(wanted)
     key = hashlib.sha256(source.encode()).hexdigest()[:16]
     path = cache_directory() / f"{wanted.template}-{key}.py"
-    if not path.exists() or path.read_text() != source:
-        with replacing(path) as part:
-            part.write_text(source)
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == source.encode():
+            return path
+    with replacing(path) as part:
+        part.write_text(source, encoding="utf-8")
     return path
 
 

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ...errors import NonFiniteError
+from .. import noise
 from .declare import Arguments, operation
-
-SEEDS = 2**62
-"""Seeds are drawn below this."""
 
 
 def raise_non_finite(where: str, bad: int, size: int) -> None:
@@ -26,8 +24,8 @@ def _seed(a: Arguments) -> Tensor:
 
 @operation(results=_seed, phase="row choice", runs_anywhere=True)
 def draw_seed(device: torch.device) -> Tensor:
-    """int64 ``[]`` from torch's default generator: the seed of one step's noise and row choices."""
-    return torch.randint(0, SEEDS, (), device=device)
+    """int64 ``[]`` from torch's default generator and the rank: the seed of one step's noise and row choices."""
+    return noise.draw_seed(device)
 
 
 @operation(results=lambda a: torch.empty_like(a.x), phase="other packed operations")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import fqt_compile
-from fqt_compile.backend import FQTPass, parameter_names
+from fqt_compile.backend import FQTPass
 from fqt_compile.config import FQTConfig
 from fqt_compile.interpret import NativeInterpreter, compile_interpreted
+from fqt_compile.origin import names_in_model
 from support import sample
 from support.equality import assert_same
 from support.grid import REFERENCE
@@ -74,7 +75,7 @@ def interpreted(
     config = FQTConfig.from_options(options)
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        joint_pass = FQTPass(config, parameter_names(gm, inputs))
+        joint_pass = FQTPass(config, names_in_model(gm, inputs))
         return compile_interpreted(gm, inputs, joint_pass, interpreter)
 
     return torch.compile(model, backend=backend)
