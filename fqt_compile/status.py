@@ -136,6 +136,8 @@ class Record:
 
         def say(_: Any) -> None:
             handle.remove()
+            if path not in self.not_captured():  # a later graph of the same step has it
+                return
             remedy = "TORCH_LOGS=graph_breaks says why, fqt_compile.status(model) lists the layers"
             self.announce(
                 [f"fqt1bit: {path} of {self._name()} is in no captured graph: it runs in float. Remedy: {remedy}"]

@@ -23,7 +23,7 @@ PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
 def products(state: State) -> None:
     """Replace the small products that are left by Inductor's decomposition, where it has one."""
     emitter, table = Emitter(state.graph, "products"), select_decomp_table()
-    for node in list(state.graph.nodes):
+    for node in state.candidates(list(state.graph.nodes)):
         if node.op != "call_function" or node.target not in PRODUCTS or not _is_small(node):
             continue
         decomposed = table[node.target]

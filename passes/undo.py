@@ -21,7 +21,7 @@ REGIONS = 8
 """So many regions of one pass are left as they are before the pass is."""
 ALL_LAYERS = "match"
 """Without this pass there are no layers to pack."""
-NEEDED = frozenset({"match", "decide", "activation", "forward", "backward", "batch_norm", "products"})
+NEEDED = frozenset({"match", "decide", "activation", "forward", "backward", "batch_norm"})
 """Passes without which a packed layer is not packed; the others only make the graph faster, or choose rows once."""
 
 

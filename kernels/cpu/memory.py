@@ -39,9 +39,9 @@ def keep_freed_memory() -> bool:
 class Excess:
     """Gives back what the process has freed and the steps do not use: data that a user has let go of, say.
 
-    Called at the beginning of every step, when only what stays is in use. Two steps after memory was given back, what
-    the process occupies is what the steps need; `SLACK` bytes above that, it is given back again, at most every
-    `SECONDS`. The next step gets its own part anew, at the cost of its page faults, once.
+    Called at the beginning of every forward graph: with one graph a step, when only what stays is in use. Two calls
+    after memory was given back, what the process occupies is what the steps need; `SLACK` bytes above that, it is given
+    back again, at most every `SECONDS`. The next step gets its own part anew, at the cost of its page faults, once.
     """
 
     SLACK, SECONDS, FIRST, SETTLED = 256 << 20, 10.0, 3, 2
@@ -50,7 +50,7 @@ class Excess:
         self.calls, self.measured_at, self.needed, self.next = 0, 0, 0, 0.0
 
     def give_back(self) -> None:
-        """To be called at the beginning of a step; costs a microsecond where nothing is to be done."""
+        """To be called at the beginning of a forward graph; mostly, nothing is to be done."""
         if not kept:
             return
         self.calls += 1
