@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from support import sample
 from support.nets import SmallNet, small_batch, step_gradients
@@ -207,3 +208,44 @@ def test_a_model_that_changes_its_layers_is_refused():
 
 def test_config_object_is_accepted():
     assert fqt_compile.eager(SmallNet(), FQTConfig(bits=2))(small_batch()[0]).shape == (8, 10)
+
+
+class FromTheLeft(nn.Module):
+    """``W @ x`` of a stack of matrices, which torch folds into one product with W^T from the right (Mamba)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w = nn.Linear(64, 64), nn.Parameter(torch.randn(64, 64) / 8)
+        self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.w @ torch.relu(self.a(x)).mT).mT)))
+
+
+class Standardized(nn.Conv2d):
+    """A weight that is normalized by the function of BatchNorm: its rows are no samples."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias, 1, 1)
+
+
+def standardized() -> nn.Module:
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), Standardized(32, 32, 3), nn.ReLU(), Standardized(32, 32, 3)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"), [(FromTheLeft, (4, 8, 64)), (standardized, (8, 3, 8, 8)), (standardized, (1, 3, 8, 8))]
+)
+def test_what_the_model_sweep_found_equals_the_oracle(build, shape):
+    model, x = build(), torch.randn(shape)
+    gradients = []
+    for step in (fqt_compile.eager(model), torch.compile(model, backend="fqt1bit", options={"lowering": "eager"})):
+        step(x)
+        model.zero_grad()
+        torch.manual_seed(3)
+        step(x).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6, name
