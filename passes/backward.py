@@ -18,7 +18,8 @@ from torch import fx
 from ..config import FQTConfig
 from ..kernels.noise import STEP_STREAM
 from .call import Call
-from .graph import Emitter, Insertion, aten, replace, value
+from .emit import Emitter, Insertion, replace
+from .graph import aten, value
 from .local import same
 from .schemes import SCHEMES, LayerBackward, select
 from .sites import Site, factors

@@ -21,7 +21,8 @@ from torch._inductor.decomposition import select_decomp_table
 
 from ..kernels import reference
 from .call import Call, takes
-from .graph import Emitter, aten, erase_dead, is_call, site_of, value
+from .emit import Emitter
+from .graph import aten, erase_dead, is_call, site_of, value
 from .local import same
 from .products import PRODUCTS
 from .state import State, graph_pass

@@ -21,20 +21,8 @@ import torch
 from torch import fx
 
 from .call import Call, takes
-from .graph import (
-    REQUIRES_STRIDES,
-    Emitter,
-    Insertion,
-    aten,
-    erase_dead,
-    is_backward,
-    is_call,
-    operator_of,
-    provenance,
-    site_of,
-    strip,
-    value,
-)
+from .emit import REQUIRES_STRIDES, Emitter, Insertion
+from .graph import aten, erase_dead, is_backward, is_call, operator_of, provenance, site_of, strip, value
 from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands, row_sources
 from .refusal import NotOptimized, Refusal
 from .state import State, graph_pass, no_float_left

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from .call import Call
-from .graph import Emitter, aten, erase_dead, is_tensor, operator_of, provenance, value
+from .emit import Emitter
+from .graph import aten, erase_dead, is_tensor, operator_of, provenance, value
 from .state import State, graph_pass
 
 PRODUCTS = frozenset({aten.convolution.default, aten.convolution_backward.default, aten.mm.default, aten.addmm.default})

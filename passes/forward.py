@@ -14,7 +14,8 @@ from torch import fx
 
 from ..config import FQTConfig
 from ..kernels import reference
-from .graph import Emitter, Insertion, aten, is_training, mark, replace, value
+from .emit import Emitter, Insertion, replace
+from .graph import aten, is_training, mark, value
 from .schemes import SCHEMES
 from .sites import BatchNormThreshold, Site
 from .state import PackedForward, State, graph_pass

@@ -21,19 +21,8 @@ from torch import fx
 from ..kernels.packing import INT16_LIMIT
 from ..kernels.program import FULL, POOL
 from .call import Call
-from .graph import (
-    Emitter,
-    aten,
-    erase_dead,
-    erase_unused,
-    is_backward,
-    is_call,
-    position,
-    prims,
-    site_of,
-    strip,
-    value,
-)
+from .emit import Emitter
+from .graph import aten, erase_dead, erase_unused, is_backward, is_call, position, prims, site_of, strip, value
 from .local import is_not_positive, live_nodes
 from .moments import largest_output
 from .refusal import Refusal, name_of

@@ -20,7 +20,8 @@ from torch import fx
 
 from ..kernels.program import FULL, SECOND, VALUES
 from .call import Call, takes
-from .graph import Emitter, aten, erase_dead, erase_unused, is_backward, is_call, position, site_of, value
+from .emit import Emitter
+from .graph import aten, erase_dead, erase_unused, is_backward, is_call, position, site_of, value
 from .local import is_pointwise
 from .refusal import Refusal, name_of
 from .region import Region, are_readable, is_supported, unreadable

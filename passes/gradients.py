@@ -21,10 +21,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ..kernels.program import VALUES
 from .call import Call
+from .emit import Emitter, Insertion
 from .graph import (
     VIEWS,
-    Emitter,
-    Insertion,
     aten,
     erase_dead,
     first,

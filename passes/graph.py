@@ -1,4 +1,4 @@
-"""Small helpers over an AOTAutograd graph: what a node is, what it derives from, how a node is added."""
+"""Small helpers over an AOTAutograd graph: what a node is, what it derives from, how one is taken out."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import fx
-from torch._inductor.decomposition import select_decomp_table
-from torch._prims_common import is_contiguous_or_false
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-
-from .call import Call
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -27,9 +19,6 @@ TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int
 VIEWS = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default, aten.clone.default}
 )
-REQUIRES_STRIDES = frozenset({aten.view.default, aten._unsafe_view.default})
-"""Views that not every memory layout allows."""
-COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,49 +143,6 @@ def fake_mode_of(graph: fx.Graph) -> Any:
     return next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-    """What a function of tensors computes, and how its results are nested."""
-
-    graph: fx.Graph
-    result_spec: Any
-
-
-def _described(argument: Any) -> Any:
-    """What a fake result depends on of an argument, without its name; the argument itself where that is symbolic."""
-    if isinstance(argument, list | tuple):
-        return tuple(map(_described, argument))
-    if isinstance(argument, dict):
-        return tuple((name, _described(item)) for name, item in argument.items())
-    fake = argument.meta.get("val") if isinstance(argument, fx.Node) else None
-    if isinstance(fake, torch.Tensor) and not _is_symbolic(fake):
-        return tuple(fake.shape), fake.stride(), fake.dtype, fake.device
-    return type(argument), argument
-
-
-def _is_symbolic(result: Any) -> bool:
-    """Does a result, or one of several, have a size that is not known?"""
-    if isinstance(result, tuple | list):
-        return any(map(_is_symbolic, result))
-    if not isinstance(result, torch.Tensor):
-        return isinstance(result, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return not all(isinstance(size, int) for size in (*result.shape, *result.stride()))
-
-
-def _is_functional(target: Any) -> bool:
-    """Does an operator return new memory only?"""
-    schema = getattr(target, "_schema", None)
-    return schema is not None and all(result.alias_info is None for result in schema.returns)
-
-
-def fresh(fake_mode: Any, like: torch.Tensor, stride: Sequence[int] | None = None) -> torch.Tensor:
-    """A fake tensor of the same description in memory of its own, or with other strides; its sizes are known."""
-    with no_dispatch():
-        strides = like.stride() if stride is None else stride
-        meta = torch.empty_strided(like.shape, strides, dtype=like.dtype, device="meta")
-        return FakeTensor(fake_mode, meta, like.device)
-
-
 class Snapshot:
     """A copy of a graph, with which it can be made again as it was."""
 
@@ -216,170 +162,6 @@ def _copy_nodes(source: fx.Graph, target: fx.Graph) -> None:
     output: Any = target.graph_copy(source, {}, return_output_node=True)
     if output is not None:
         target.output(output[0]).meta = copy.copy(output[1].meta)
-
-
-class Emitter:
-    """Adds call nodes with all the metadata Inductor and the partitioner need."""
-
-    def __init__(self, graph: fx.Graph, made_by: str) -> None:
-        self.graph = graph
-        self.made_by = made_by
-        self.fake_mode = fake_mode_of(graph)
-        self.traced: dict[Any, _Traced] = {}
-        self.results: dict[Any, Any] = {}
-        """Fake results of operators by what they depend on of their operands."""
-
-    def trace(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[_Traced, list[fx.Node]]:
-        """``function(*args, **kwargs)`` decomposed as for Inductor, and the nodes among the arguments.
-
-        Traced once for all operands of the same description: a model has hundreds of equal layers.
-        """
-        leaves, spec = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
-        nodes = [leaves[i] for i in places]
-        key = (function, spec, _described(leaves))
-        if key in self.traced:
-            return self.traced[key], nodes
-
-        result_spec: list[Any] = [None]
-
-        def call(*tensors: Any) -> list[Any]:
-            given = list(leaves)
-            for i, tensor in zip(places, tensors, strict=True):
-                given[i] = tensor
-            call_args, call_kwargs = tree_unflatten(given, spec)
-            results, result_spec[0] = tree_flatten(function(*call_args, **call_kwargs))
-            return results
-
-        with self.fake_mode, maybe_enable_thunkify(), torch.no_grad():
-            graph = make_fx(call, select_decomp_table())(*map(value, nodes)).graph
-        self.traced[key] = _Traced(graph, result_spec[0])
-        return self.traced[key], nodes
-
-    def at(self, anchor: fx.Node, site: str) -> Insertion:
-        """Insert before ``anchor``, in the same part of the graph, for ``site``."""
-        return Insertion(self, anchor, site)
-
-
-class Insertion:
-    """A position in the graph: before ``anchor``, or behind the latest operand where that is defined later.
-
-    What replaces a node reads what the node reads, or what was emitted before it: so it stands before the node's users.
-    """
-
-    def __init__(self, emitter: Emitter, anchor: fx.Node, site: str) -> None:
-        self.emitter, self.anchor, self.site = emitter, anchor, site
-
-    def call(self, role: str, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Add a call of ``target``. Returns the node, or a tuple of nodes for an operator with several results."""
-        if target in REQUIRES_STRIDES and not is_contiguous_or_false(value(args[0])):
-            target = aten.reshape.default  # an operand traced in one memory format may have become NHWC
-        with self.emitter.graph.inserting_before(self.anchor):
-            node = self.emitter.graph.call_function(target, args, kwargs)
-        following = self._behind_operands(node)
-        result = self._fake_result(node)
-        self._describe(node, result, role)
-        if not isinstance(result, tuple | list):
-            return node
-        return tuple(self._item(node, i, part, role, following) for i, part in enumerate(result))
-
-    def repeat(self, role: str, node: fx.Node, **changes: Any) -> Any:
-        """Add the call that ``node`` is, with some operands changed (by name)."""
-        args, kwargs = Call(node).changed(**changes)
-        return self.call(role, operator_of(node), *args, **kwargs)
-
-    def _behind_operands(self, node: fx.Node) -> fx.Node:
-        """Move a node that was put before the anchor behind operands defined later; the node that it is before then."""
-        latest = max(node.all_input_nodes, key=position, default=None)
-        if latest is None or position(latest) < position(node):
-            return self.anchor
-        following = latest.next
-        following.prepend(node)
-        return following
-
-    def inline(self, role: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Add what ``function(*args)`` computes, decomposed as for Inductor; its results with nodes for tensors."""
-        traced, nodes = self.emitter.trace(function, args, kwargs)
-        known = dict(zip([n for n in traced.graph.nodes if n.op == "placeholder"], nodes, strict=True))
-        for node in traced.graph.nodes:
-            if node.op == "call_function":
-                with self.emitter.graph.inserting_before(self.anchor):
-                    known[node] = self.emitter.graph.node_copy(node, known.__getitem__)
-                self._behind_operands(known[node])
-                self._describe(known[node], self._fake_result(known[node]), role)
-        (output,) = (n for n in traced.graph.nodes if n.op == "output")
-        results = [known[r] if isinstance(r, fx.Node) else r for r in first(output)]
-        return tree_unflatten(results, traced.result_spec)
-
-    def _fake_result(self, node: fx.Node) -> Any:
-        """What a node returns of its operands' fake values: a value of its own, since Inductor takes it for memory.
-
-        Computed once for equal operands, but for views, which share the memory of their operand.
-        """
-        known, target = self.emitter.results, operator_of(node)
-        key = (target, _described(node.args), _described(node.kwargs)) if _is_functional(target) else None
-        if key is not None and key in known:
-            return tree_map_only(torch.Tensor, lambda fake: fresh(self.emitter.fake_mode, fake), known[key])
-        with self.emitter.fake_mode, maybe_enable_thunkify():
-            result = target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
-        if key is not None and not _is_symbolic(result):
-            known[key] = result
-        return result
-
-    def size(self, node: fx.Node, dim: int) -> int | fx.Node:
-        """Size of a dimension: an int, or a node where it is symbolic."""
-        size = value(node).shape[dim]
-        return size if isinstance(size, int) else self.call("size", aten.sym_size.int, node, dim)
-
-    def cast(self, role: str, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """``node`` as ``dtype``; nothing is added if it already is."""
-        if value(node).dtype == dtype:
-            return node
-        return self.call(role, prims.convert_element_type.default, node, dtype)
-
-    def _item(self, node: fx.Node, i: int, part: Any, role: str, following: fx.Node) -> fx.Node:
-        with self.emitter.graph.inserting_before(following):
-            item = self.emitter.graph.call_function(operator.getitem, (node, i))
-        self._describe(item, part, role)
-        return item
-
-    def _describe(self, node: fx.Node, result: Any, role: str) -> None:
-        node.meta["val"] = result
-        for key in COPIED_META:
-            if key in self.anchor.meta:
-                node.meta[key] = self.anchor.meta[key]
-        backward = is_backward(self.anchor)
-        node.meta["partitioner_tag"] = "is_backward" if backward else "is_forward"
-        if backward:
-            node.meta["autograd_backward"] = True
-        node.meta["fqt"] = Provenance(self.emitter.made_by, self.site, role)
-
-
-def replace(node: fx.Node, new: fx.Node, insertion: Insertion, role: str) -> None:
-    """Use ``new`` (float32) in place of ``node``, in the dtype its users want.
-
-    Users that only move ``node`` about and then cast it to the dtype of ``new`` (autocast's way of returning a
-    gradient to its parameter) are rebuilt on ``new``, so that nothing is rounded on the way.
-    """
-    if value(node).dtype == value(new).dtype:
-        node.replace_all_uses_with(new)
-        return
-    for user in list(node.users):
-        if is_call(user, user.target) and user.target in CASTS and value(user).dtype == value(new).dtype:
-            user.replace_all_uses_with(new)
-        elif _is_moved_and_cast(user, value(new).dtype):
-            there = Insertion(insertion.emitter, user, insertion.site)
-            replace(user, there.call(role, operator_of(user), new, *user.args[1:]), there, role)
-    if any(user.users or user.op == "output" for user in node.users):
-        node.replace_all_uses_with(insertion.cast(role, new, value(node).dtype))
-
-
-def _is_moved_and_cast(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Does ``node`` only move its operand about, for a cast to ``dtype``?"""
-    if node.op != "call_function" or node.target not in TRANSPOSES | VIEWS:
-        return False
-    casts = [user for user in node.users if user.target in CASTS and value(user).dtype == dtype]
-    return bool(casts) or any(_is_moved_and_cast(user, dtype) for user in node.users)
 
 
 def describe(graph: fx.Graph) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import fake_mode_of, fresh, value
+from .emit import fresh
+from .graph import fake_mode_of, value
 from .state import State, graph_pass
 
 

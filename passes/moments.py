@@ -20,20 +20,8 @@ from torch import fx
 
 from ..kernels.program import SECOND
 from .call import Call
-from .graph import (
-    VIEWS,
-    Emitter,
-    aten,
-    erase_dead,
-    is_backward,
-    is_call,
-    position,
-    prims,
-    provenance,
-    site_of,
-    strip,
-    value,
-)
+from .emit import Emitter
+from .graph import VIEWS, aten, erase_dead, is_backward, is_call, position, prims, provenance, site_of, strip, value
 from .local import is_channel_vector, is_pointwise
 from .refusal import Refusal, name_of
 from .region import PASSED_ON

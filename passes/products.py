@@ -12,7 +12,8 @@ from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
 from .call import Call
-from .graph import Emitter, aten, erase_dead, site_of, value
+from .emit import Emitter
+from .graph import aten, erase_dead, site_of, value
 from .local import same
 from .state import State, graph_pass
 

@@ -19,7 +19,8 @@ from torch import fx
 
 from ..kernels.program import BITS, CHANNEL, FULL, MAP, ROW, Program, Statement
 from .call import Call
-from .graph import Insertion, aten, first, is_call, is_tensor, position, prims, site_of, value
+from .emit import Insertion
+from .graph import aten, first, is_call, is_tensor, position, prims, site_of, value
 from .local import is_channel_vector, is_zero, same
 from .refusal import Refusal
 

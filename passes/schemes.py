@@ -20,7 +20,8 @@ from torch import fx
 
 from ..config import FQTConfig
 from ..kernels.noise import Role, stream_of
-from .graph import Insertion, aten, value
+from .emit import Insertion
+from .graph import aten, value
 from .sites import Site
 from .state import PackedForward
 
