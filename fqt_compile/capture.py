@@ -108,6 +108,13 @@ def capture(
     return graphs
 
 
+def analysed(gm: fx.GraphModule, example_inputs: Sequence[Any], config: FQTConfig) -> CapturedGraph:
+    """What the passes make of one of Dynamo's graphs, which stays as it is."""
+    analysis = _Analysis(config, names_in_model(gm, example_inputs), False, example_inputs)
+    compile_interpreted(copy.deepcopy(gm), example_inputs, analysis, fx.Interpreter)
+    return analysis.result()
+
+
 class _Analysis(FQTPass):
     """The joint pass of a capture: records stages and sites; rewrites the graph itself only if asked to."""
 
@@ -173,10 +180,10 @@ def run_captured(
 ) -> Any:
     """Compile a throw-away call of ``model`` with ``backend``, run it, undo its side effects."""
     with _undone(model):
-        return torch.compile(_fresh_call(model), backend=backend, dynamic=False)(*args, **kwargs)
+        return torch.compile(fresh_call(model), backend=backend, dynamic=False)(*args, **kwargs)
 
 
-def _fresh_call(model: Callable[..., Any]) -> Callable[..., Any]:
+def fresh_call(model: Callable[..., Any]) -> Callable[..., Any]:
     """A function with a code object of its own, since Dynamo's caches hang on code objects."""
     model = unwrapped(model)
 

@@ -1,13 +1,15 @@
 """Activation codes: ``threshold`` where an input is provably non-negative, ``sign`` elsewhere.
 
 The sign of a ReLU output says nothing (it is +1 everywhere), which is why unmodified networks need a second
-code. The proof is a walk up the graph with one rule per operator; what no rule covers is not proven.
+code. The proof is a walk up the graph with one rule per operator; what no rule covers is not proven. In a part of a
+model (graph breaks, blocks compiled one by one) what comes from the other parts may be a ReLU's output: the code is
+``threshold`` there, which serves any input, where ``sign`` would see nothing of such a one.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import fx
 from ..config import FQTConfig
 from . import batch_norm, threshold
 from .call import Call
-from .graph import CASTS, TRANSPOSES, VIEWS, aten, first, prims, value
+from .graph import CASTS, TRANSPOSES, VIEWS, aten, first, is_tensor, prims, value
 from .sites import Site
 from .state import State, graph_pass
 
@@ -74,10 +76,13 @@ COMPARISONS = {aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar, a
 
 
 class NonNegativity:
-    """Answers whether a node's value is provably >= 0, remembering what it has proven."""
+    """Answers whether a node's value is provably >= 0, remembering what it has proven.
 
-    def __init__(self) -> None:
-        self._known: dict[fx.Node, bool] = {}
+    ``given``: the graph inputs that are taken to be.
+    """
+
+    def __init__(self, given: Collection[fx.Node] = ()) -> None:
+        self._known: dict[fx.Node, bool] = dict.fromkeys(given, True)
 
     def __call__(self, item: Any) -> bool:
         if isinstance(item, bool | int | float):
@@ -142,14 +147,22 @@ def _without_code(state: State) -> str | None:
 @graph_pass(requires=("decisions",), ensures="codes", check=_without_code)
 def activation(state: State) -> None:
     """Choose the activation code of every packed site."""
-    proven = NonNegativity()
+    proven, possible = NonNegativity(), NonNegativity(_from_outside(state))
     for site in state.candidates(state.packed):
-        _choose(site, state.config, proven)
+        _choose(site, state.config, proven, proven if site.name == state.names.first else possible)
 
 
-def _choose(site: Site, config: FQTConfig, proven: NonNegativity) -> None:
+def _from_outside(state: State) -> list[fx.Node]:
+    """Inputs of a graph that is a part of a model: another part may have made them non-negative."""
+    if state.names.first is None:
+        return []
+    inputs = [node for node in state.graph.nodes if node.op == "placeholder" and is_tensor(node)]
+    return [node for node in inputs if value(node).is_floating_point() and not state.names.is_parameter(node)]
+
+
+def _choose(site: Site, config: FQTConfig, proven: NonNegativity, possible: NonNegativity) -> None:
     """Set the activation code of a packed site, where its threshold comes from, and why."""
-    site.activation, site.activation_reason = choose_code(site.x, config.activation, proven)
+    site.activation, site.activation_reason = choose_code(site.x, config.activation, proven, possible)
     if site.activation == "threshold":
         site.batch_norm = threshold.from_batch_norm(site.x) if config.threshold == "auto" else None
         site.threshold = (
@@ -165,12 +178,14 @@ THRESHOLDS = {
 }
 
 
-def choose_code(x: fx.Node, setting: str, proven: NonNegativity) -> tuple[str, str]:
+def choose_code(x: fx.Node, setting: str, proven: NonNegativity, possible: NonNegativity) -> tuple[str, str]:
     """The activation code of a site with input ``x``, and why."""
     if setting != "auto":
         return setting, f"asked for by activation={setting!r}"
     if proven(x):
         return "threshold", f"input is non-negative ({_origin(x)})"
+    if possible(x):
+        return "threshold", f"input is non-negative if another graph of the model made it so ({_origin(x)})"
     return "sign", f"input may be negative ({_origin(x)})"
 
 

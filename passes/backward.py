@@ -32,7 +32,7 @@ fqt = torch.ops.fqt
 def backward(state: State) -> None:
     """Replace grad_input, grad_weight and grad_bias of every packed, trained site."""
     choice, config = state.choice, state.config
-    emitter = Emitter(state.graph, "backward")
+    emitter = state.emitter()
     if choice.cuts:
         state.step_rows = _prune_at_cuts(emitter, choice.cuts, state)
     for site in state.candidates(state.sites):

@@ -81,13 +81,12 @@ def mixes_samples(node: fx.Node, samples: Any) -> bool:
 def batch_norm(state: State) -> None:
     """Write out every BatchNorm: on kept rows as a projection, the rest by Inductor's decomposition."""
     if state.step_rows is not None and state.config.batch_norm == "project":
-        _project(state.graph, state.choice.norms, state.step_rows, state.config.prune != "bernoulli")
-    _write_out(state.graph)
+        _project(state.emitter("backward"), state.choice.norms, state.step_rows, state.config.prune != "bernoulli")
+    _write_out(state.emitter())
 
 
-def _project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
+def _project(emitter: Emitter, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
     """Replace the backward of ``norms`` by the projection on the kept ``rows``; without ``all_used`` some may be -1."""
-    emitter = Emitter(graph, "backward")
     for node in norms:
         at = emitter.at(node, "step")
         norm = Call(node)
@@ -99,17 +98,17 @@ def _project(graph: fx.Graph, norms: Iterable[fx.Node], rows: fx.Node, all_used:
         for item in list(node.users):
             made = (full, *parameters)[Call(item).index]
             item.replace_all_uses_with(at.cast("batch_norm", made, value(item).dtype))
-    erase_dead(graph)
+    erase_dead(emitter.graph)
 
 
-def _write_out(graph: fx.Graph) -> None:
+def _write_out(emitter: Emitter) -> None:
     """Replace every BatchNorm node that is left by Inductor's decomposition."""
-    emitter, table = Emitter(graph, "batch_norm"), select_decomp_table()
-    for node in list(graph.nodes):
+    table = select_decomp_table()
+    for node in list(emitter.graph.nodes):
         if node.op != "call_function" or node.target not in {*FORWARD, BACKWARD}:
             continue
         at = emitter.at(node, site_of(node))
         results = at.inline("batch_norm", table[node.target], *node.args, **node.kwargs)
         for item in list(node.users):
             item.replace_all_uses_with(results[Call(item).index])
-    erase_dead(graph)
+    erase_dead(emitter.graph)

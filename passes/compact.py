@@ -23,7 +23,7 @@ from torch import fx
 from .call import Call, takes
 from .emit import REQUIRES_STRIDES, Emitter, Insertion
 from .graph import aten, erase_dead, is_backward, is_call, operator_of, provenance, site_of, strip, value
-from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands, row_sources
+from .local import SIZED, has_rows, keeps_zero, live_nodes, row_operands, sole_row_source
 from .refusal import NotOptimized, Refusal
 from .state import State, graph_pass, no_float_left
 
@@ -38,7 +38,7 @@ def compact(state: State) -> None:
             why = "prune='bernoulli' keeps a random number of rows"
             state.not_optimized.append(NotOptimized("all layers", "compact", why))
         return
-    compaction = _Compaction(state.graph, state.kept_rows)
+    compaction = _Compaction(state.emitter(), state.kept_rows)
     for node in state.candidates(list(state.graph.nodes)):
         if node.op == "call_function" and is_backward(node):
             compaction.visit(node)
@@ -49,9 +49,8 @@ def compact(state: State) -> None:
 
 
 class _Compaction:
-    def __init__(self, graph: fx.Graph, rows: fx.Node) -> None:
-        self.graph, self.rows = graph, rows
-        self.emitter = Emitter(graph, "compact")
+    def __init__(self, emitter: Emitter, rows: fx.Node) -> None:
+        self.emitter, self.graph, self.rows = emitter, emitter.graph, rows
         self.kept: dict[fx.Node, fx.Node] = {}
         """v -> v[rows], for values of the backward."""
         self.again: dict[fx.Node, fx.Node] = {}
@@ -143,7 +142,7 @@ class _Compaction:
             recomputed = at.repeat("convolution", node, input=self._again(at, Call(node).input))
             return recomputed
         operands = row_operands(node)
-        if operands is None or len(row_sources(node)) != 1:
+        if operands is None or sole_row_source(node) is None:
             return None
         if node.target in REQUIRES_STRIDES and strip(node, REQUIRES_STRIDES).op == "placeholder":
             return None  # rows of the view as it is, rather than a view of rows gathered into NHWC memory

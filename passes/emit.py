@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,6 @@ from .graph import (
     VIEWS,
     Provenance,
     aten,
-    fake_mode_of,
     first,
     is_backward,
     is_call,
@@ -69,10 +69,24 @@ def _is_symbolic(result: Any) -> bool:
     return not all(isinstance(size, int) for size in (*result.shape, *result.stride()))
 
 
-def _is_functional(target: Any) -> bool:
-    """Does an operator return new memory only?"""
+@functools.cache
+def _memory(target: Any) -> str:
+    """Of what an operator returns: ``new``, ``first`` where it is a view of its first operand, else ``unknown``."""
     schema = getattr(target, "_schema", None)
-    return schema is not None and all(result.alias_info is None for result in schema.returns)
+    if schema is None:
+        return "unknown"
+    if all(result.alias_info is None for result in schema.returns):
+        return "new"
+    is_view = target.is_view and len(schema.returns) == 1 and schema.arguments[0].alias_info is not None
+    return "first" if is_view else "unknown"
+
+
+def _view(fake_mode: Any, like: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the same description in the memory of ``base``."""
+    with no_dispatch():
+        meta = torch.empty(0, dtype=like.dtype, device="meta")
+        meta.set_(base.untyped_storage(), like.storage_offset(), like.shape, like.stride())
+        return FakeTensor(fake_mode, meta, like.device)
 
 
 def fresh(fake_mode: Any, like: torch.Tensor, stride: Sequence[int] | None = None) -> torch.Tensor:
@@ -83,28 +97,34 @@ def fresh(fake_mode: Any, like: torch.Tensor, stride: Sequence[int] | None = Non
         return FakeTensor(fake_mode, meta, like.device)
 
 
-class Emitter:
-    """Adds call nodes with all the metadata Inductor and the partitioner need."""
+@dataclasses.dataclass
+class Known:
+    """What was traced for one graph: once for operands alike, since a model has hundreds of equal layers."""
 
-    def __init__(self, graph: fx.Graph, made_by: str) -> None:
+    fake_mode: Any
+    traced: dict[Any, _Traced] = dataclasses.field(default_factory=dict)
+    results: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    """Fake results of operators by what they depend on of their operands."""
+
+
+class Emitter:
+    """Adds call nodes with all the metadata Inductor and the partitioner need; ``known`` is that of the graph."""
+
+    def __init__(self, graph: fx.Graph, made_by: str, known: Known) -> None:
         self.graph = graph
         self.made_by = made_by
-        self.fake_mode = fake_mode_of(graph)
-        self.traced: dict[Any, _Traced] = {}
-        self.results: dict[Any, Any] = {}
-        """Fake results of operators by what they depend on of their operands."""
+        self.fake_mode = known.fake_mode
+        self.known = known
 
     def trace(self, function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[_Traced, list[fx.Node]]:
-        """``function(*args, **kwargs)`` decomposed as for Inductor, and the nodes among the arguments.
-
-        Traced once for all operands of the same description: a model has hundreds of equal layers.
-        """
+        """``function(*args, **kwargs)`` decomposed as for Inductor, and the nodes among the arguments."""
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
         nodes = [leaves[i] for i in places]
         key = (function, spec, _described(leaves))
-        if key in self.traced:
-            return self.traced[key], nodes
+        traced = self.known.traced
+        if key in traced:
+            return traced[key], nodes
 
         result_spec: list[Any] = [None]
 
@@ -118,8 +138,8 @@ class Emitter:
 
         with self.fake_mode, maybe_enable_thunkify(), torch.no_grad():
             graph = make_fx(call, select_decomp_table())(*map(value, nodes)).graph
-        self.traced[key] = _Traced(graph, result_spec[0])
-        return self.traced[key], nodes
+        traced[key] = _Traced(graph, result_spec[0])
+        return traced[key], nodes
 
     def at(self, anchor: fx.Node, site: str) -> Insertion:
         """Insert before ``anchor``, in the same part of the graph, for ``site``."""
@@ -171,25 +191,38 @@ class Insertion:
                 with self.emitter.graph.inserting_before(self.anchor):
                     known[node] = self.emitter.graph.node_copy(node, known.__getitem__)
                 self._behind_operands(known[node])
-                self._describe(known[node], self._fake_result(known[node]), role)
+                self._describe(known[node], self._as_traced(known[node], value(node)), role)
         (output,) = (n for n in traced.graph.nodes if n.op == "output")
         results = [known[r] if isinstance(r, fx.Node) else r for r in first(output)]
         return tree_unflatten(results, traced.result_spec)
 
     def _fake_result(self, node: fx.Node) -> Any:
-        """What a node returns of its operands' fake values: a value of its own, since Inductor takes it for memory.
-
-        Computed once for equal operands, but for views, which share the memory of their operand.
-        """
-        known, target = self.emitter.results, operator_of(node)
-        key = (target, _described(node.args), _described(node.kwargs)) if _is_functional(target) else None
-        if key is not None and key in known:
-            return tree_map_only(torch.Tensor, lambda fake: fresh(self.emitter.fake_mode, fake), known[key])
-        with self.emitter.fake_mode, maybe_enable_thunkify():
-            result = target(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
+        """What a node returns of its operands' fake values; computed once for equal operands."""
+        known, target = self.emitter.known.results, operator_of(node)
+        key = None if _memory(target) == "unknown" else (target, _described(node.args), _described(node.kwargs))
+        if key in known:
+            return self._again(node, known[key])
+        result = self._computed(node)
         if key is not None and not _is_symbolic(result):
             known[key] = result
         return result
+
+    def _as_traced(self, node: fx.Node, traced: Any) -> Any:
+        """The same, where what equal operands gave is known."""
+        is_known = _memory(node.target) != "unknown" and not _is_symbolic(traced)
+        return self._again(node, traced) if is_known else self._computed(node)
+
+    def _again(self, node: fx.Node, result: Any) -> Any:
+        """A value of its own like ``result``, since Inductor takes it for memory."""
+        if _memory(node.target) == "first":
+            return _view(self.emitter.fake_mode, result, value(first(node)))
+        if isinstance(result, torch.Tensor):
+            return fresh(self.emitter.fake_mode, result)
+        return tree_map_only(torch.Tensor, functools.partial(fresh, self.emitter.fake_mode), result)
+
+    def _computed(self, node: fx.Node) -> Any:
+        with self.emitter.fake_mode, maybe_enable_thunkify():
+            return operator_of(node)(*fx.node.map_arg(node.args, value), **fx.node.map_arg(node.kwargs, value))
 
     def size(self, node: fx.Node, dim: int) -> int | fx.Node:
         """Size of a dimension: an int, or a node where it is symbolic."""

@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from .call import Call
-from .emit import Emitter
 from .graph import aten, erase_dead, is_tensor, operator_of, provenance, value
 from .state import State, graph_pass
 
@@ -32,7 +31,7 @@ def float_layers(state: State) -> None:
     packed = {site.name for site in state.packed}
     nodes = [(s.output, s.backward, s.grad_input, s.grad_weight) for s in state.sites if not s.packed]
     own = {node for of_site in nodes for node in of_site if node is not None}
-    emitter = Emitter(graph, "float_layers")
+    emitter = state.emitter()
     for node in state.candidates(list(graph.nodes)):
         if node.op != "call_function" or node.target not in PRODUCTS or node.kwargs:
             continue

@@ -27,7 +27,7 @@ fqt = torch.ops.fqt
 def forward(state: State) -> None:
     """Replace the output of every packed site."""
     graph, config, packed = state.graph, state.config, state.packed
-    emitter = Emitter(graph, "forward")
+    emitter = state.emitter()
     if packed and is_training(graph) and SCHEMES[config.grad].is_random and any(site.trained for site in packed):
         first = emitter.at(packed[0].output, "step")
         state.seed = first.call("seed", fqt.draw_seed.default, value(packed[0].x).device)

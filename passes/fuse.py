@@ -44,7 +44,7 @@ def fuse(state: State) -> None:
 
 def _fuse_activations(state: State, x_of: Callable[[fx.Node], fx.Node | None]) -> None:
     """Fuse what leads to every ``x_of(node)``, a value that ``node`` packs."""
-    emitter = Emitter(state.graph, "fuse")
+    emitter = state.emitter()
     for pack in state.candidates(list(state.graph.nodes)):
         x = None if is_backward(pack) else x_of(pack)
         if x is None:
@@ -216,7 +216,7 @@ def _fuse_weight_gradients(state: State) -> None:
 
     The integers and the gradient of alpha sign(W) then never leave the cache.
     """
-    emitter = Emitter(state.graph, "fuse")
+    emitter = state.emitter()
     for node in state.candidates(list(state.graph.nodes)):
         if not is_call(node, fqt.weight_gradient.default):
             continue

@@ -46,7 +46,7 @@ MAX_FULL_OPERANDS, MAX_STATEMENTS = 6, 48
 def fuse_gradients(state: State) -> None:
     """Fuse what can be fused; programs without a statement are counted among the regions, too."""
     graph = state.graph
-    emitter = Emitter(graph, "fuse_gradients")
+    emitter = state.emitter()
     for x in state.candidates(list(graph.nodes)):
         readers = [user for user in x.users if user.target in READERS or is_convolution_gradient(user, x)]
         if not readers or not (is_pointwise(x) or is_supported(x, x)):

@@ -37,7 +37,7 @@ from .graph import (
     strip,
     value,
 )
-from .local import has_rows, is_not_positive, is_zero, row_operands, row_sources
+from .local import has_rows, is_not_positive, is_zero, row_operands, row_sources, sole_row_source
 from .refusal import Refusal
 from .state import State, graph_pass, no_float_left
 
@@ -49,7 +49,7 @@ def gradients(state: State) -> None:
     """Rewrite the masks and max-pools of the backward."""
     if not state.packed:
         return
-    rewriter = _Rewriter(state.graph, on_kept_rows=state.kept_rows is not None)
+    rewriter = _Rewriter(state.emitter(), on_kept_rows=state.kept_rows is not None)
     for node in state.candidates(list(state.graph.nodes)):
         if node.op != "call_function" or not is_backward(node):
             continue
@@ -67,9 +67,8 @@ def gradients(state: State) -> None:
 class _Rewriter:
     """``on_kept_rows``: the backward will be computed on the kept rows only."""
 
-    def __init__(self, graph: fx.Graph, on_kept_rows: bool) -> None:
-        self.graph, self.on_kept_rows = graph, on_kept_rows
-        self.emitter = Emitter(graph, "gradients")
+    def __init__(self, emitter: Emitter, on_kept_rows: bool) -> None:
+        self.emitter, self.graph, self.on_kept_rows = emitter, emitter.graph, on_kept_rows
         self.masks: dict[fx.Node, fx.Node] = {}
 
     def at(self, node: fx.Node) -> Insertion:
@@ -100,19 +99,18 @@ class _Rewriter:
     def _is_worth_saving(self, mask: fx.Node, node: fx.Node) -> bool:
         if not has_rows(mask, node) or value(mask).dim() < 2 or isinstance(value(mask).shape[1], torch.SymInt):
             return False
-        sources = row_sources(mask)
-        if any(is_backward(n) for n in (*sources, *_operands_of_copy(mask))) or all(
-            n.op == "placeholder" for n in sources
-        ):
+        made_in_backward = row_sources(mask, ends=lambda n: not is_backward(n))  # what is forward depends on such only
+        if any(is_backward(n) for n in (*made_in_backward, *_operands_of_copy(mask))):
             return False
-        return len(sources) != 1 if self.on_kept_rows else not self._is_at_hand(mask)
+        if all(n.op == "placeholder" for n in row_sources(mask)):
+            return False
+        return sole_row_source(mask) is None if self.on_kept_rows else not self._is_at_hand(mask)
 
     def _is_at_hand(self, x: fx.Node) -> bool:
         """Can ``x`` be computed again by local operators from one packed product, or from what BatchNorm saves?"""
-        sources = row_sources(x)
-        if len(sources) != 1:
+        source = sole_row_source(x)
+        if source is None:
             return False
-        (source,) = sources
         normalized = any(is_call(user, aten.var_mean.correction) for user in source.users)
         return is_call(source, fqt.output_product.default) or normalized
 

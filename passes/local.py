@@ -6,6 +6,8 @@ then ``op(x)[rows] = op(x[rows])``, and `compact` may compute it on the kept row
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,21 +110,23 @@ def row_operands(node: fx.Node) -> list[fx.Node] | None:
     return [source] if _keeps_first_axis(node, source) else None
 
 
-def row_sources(node: fx.Node) -> set[fx.Node]:
-    """Row values from which local operators compute ``node``."""
-    sources: set[fx.Node] = set()
-    pending, seen = [node], set()
+def row_sources(node: fx.Node, ends: Callable[[fx.Node], bool] = lambda node: False) -> Iterator[fx.Node]:
+    """Row values from which local operators compute ``node``, not looking behind those that are ``ends``."""
+    pending, seen = [node], {node}
     while pending:
         item = pending.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        operands = row_operands(item)
+        operands = None if ends(item) else row_operands(item)
         if operands is None:
-            sources.add(item)
+            yield item
         else:
-            pending.extend(operands)
-    return sources
+            pending += [n for n in dict.fromkeys(operands) if n not in seen]
+            seen.update(operands)
+
+
+def sole_row_source(node: fx.Node) -> fx.Node | None:
+    """The row value from which local operators compute ``node``; None if there are several."""
+    found = list(itertools.islice(row_sources(node), 2))
+    return found[0] if len(found) == 1 else None
 
 
 def _keeps_first_axis(node: fx.Node, source: fx.Node) -> bool:
@@ -185,6 +189,6 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that dead code elimination would keep."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op in ("output", "placeholder") or node.is_impure() or any(user in live for user in node.users):
+        if node.op in ("output", "placeholder") or not live.isdisjoint(node.users) or node.is_impure():
             live.add(node)
     return live

@@ -69,7 +69,7 @@ def moments(state: State) -> None:
 
 def _exact_moments(state: State) -> None:
     """Replace the batch statistics of packed outputs."""
-    emitter = Emitter(state.graph, "moments")
+    emitter = state.emitter()
     for node in state.candidates(_batch_statistics(state.graph)):
         output = match_dequantized(Call(node).self)
         if isinstance(output, Refusal):
@@ -85,7 +85,7 @@ def _float_moments(state: State) -> list[tuple[fx.Node, Refusal]]:
 
     They are in NHWC memory anyway, and one pass over them replaces Inductor's two. Returns what is left, and why.
     """
-    emitter, refused = Emitter(state.graph, "moments"), []
+    emitter, refused = state.emitter(), []
     for node in state.candidates(_batch_statistics(state.graph)):
         output = match_convolution(Call(node).self)
         if isinstance(output, Refusal):
@@ -105,12 +105,12 @@ def _replace_items(node: fx.Node, results: tuple[fx.Node, ...]) -> None:
 
 def _gradient_moments(state: State, match: Match) -> list[tuple[fx.Node, Refusal]]:
     """Replace the sums of BatchNorm's backward over a y that ``match`` knows. Returns what is left, and why."""
-    graph, refused = state.graph, []
+    graph, emitter, refused = state.graph, state.emitter(), []
     for node in state.candidates(list(graph.nodes)):
         found = [_match_gradient_moments(node, g, match(y), center) for g, y, center in _sum_of_products(node)]
         matched = next((m for m in found if isinstance(m, GradientMoments)), None)
         if matched is not None:
-            _replace_sums(graph, matched)
+            _replace_sums(emitter, matched)
         else:
             refused += [(node, m) for m in found if isinstance(m, Refusal)]
     erase_dead(graph)
@@ -132,9 +132,9 @@ def _match_gradient_moments(
     return GradientMoments(node, totals, g, y, center, latest)
 
 
-def _replace_sums(graph: fx.Graph, found: GradientMoments) -> None:
+def _replace_sums(emitter: Emitter, found: GradientMoments) -> None:
     y, center = found.y, found.center
-    at = Emitter(graph, "moments").at(found.moment, site_of(found.moment if provenance(found.moment) else y.acc))
+    at = emitter.at(found.moment, site_of(found.moment if provenance(found.moment) else y.acc))
     at.anchor = found.latest.next
     channels = value(y.acc).shape[1]
     viewed = [] if value(center).dim() == 1 else [at.call("statistics", aten.view.default, center, [channels])]

@@ -12,7 +12,6 @@ from torch import fx
 from torch._inductor.decomposition import select_decomp_table
 
 from .call import Call
-from .emit import Emitter
 from .graph import aten, erase_dead, site_of, value
 from .local import same
 from .state import State, graph_pass
@@ -23,7 +22,7 @@ PRODUCTS = frozenset({aten.mm.default, aten.addmm.default})
 @graph_pass(requires=("written-out BatchNorm",), ensures="written-out products")
 def products(state: State) -> None:
     """Replace the small products that are left by Inductor's decomposition, where it has one."""
-    emitter, table = Emitter(state.graph, "products"), select_decomp_table()
+    emitter, table = state.emitter(), select_decomp_table()
     for node in state.candidates(list(state.graph.nodes)):
         if node.op != "call_function" or node.target not in PRODUCTS or not _is_small(node):
             continue

@@ -16,7 +16,8 @@ from typing import TypeVar
 from torch import fx
 
 from ..config import FQTConfig
-from .graph import is_erased
+from .emit import Emitter, Known
+from .graph import fake_mode_of, is_erased
 from .names import UNNAMED, Names
 from .refusal import NotOptimized, Refusal, layer_of
 from .region import FusedProgram
@@ -92,6 +93,13 @@ class State:
     """The pass that runs."""
     candidate: fx.Node | Site | None = None
     """What it is working on: where it fails, that is left as it is."""
+    known: Known | None = None
+
+    def emitter(self, made_by: str = "") -> Emitter:
+        """What the pass that runs adds nodes with; ``made_by``: on behalf of another."""
+        if self.known is None:
+            self.known = Known(fake_mode_of(self.graph))
+        return Emitter(self.graph, made_by or self.step, self.known)
 
     def candidates(self, found: Iterable[Candidate]) -> Iterator[Candidate]:
         """``found`` one by one without those at which this pass failed before, and without erased nodes."""

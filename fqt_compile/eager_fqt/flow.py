@@ -15,20 +15,22 @@ class AutogradFlow:
     """The autograd nodes behind the outputs of a model. A node stands for the gradient that enters its backward.
 
     roots: the nodes of the outputs. norms: those of BatchNorms that mix the samples of a batch. samples: per batch.
+    ends: those of the inputs, which belong to what was computed before.
     """
 
-    def __init__(self, roots: Sequence[Node], norms: Collection[Node], samples: int) -> None:
-        self.roots, self.norms, self.samples = list(dict.fromkeys(roots)), norms, samples
+    def __init__(
+        self, roots: Sequence[Node], norms: Collection[Node], samples: int, ends: Collection[Node] = ()
+    ) -> None:
+        self.roots, self.norms, self.samples, self.ends = list(dict.fromkeys(roots)), norms, samples, ends
         self.nodes = self.reached(self.roots)
 
-    @staticmethod
-    def reached(starts: Iterable[Node], without: Collection[Node | None] = ()) -> dict[Node, Node | None]:
+    def reached(self, starts: Iterable[Node], without: Collection[Node | None] = ()) -> dict[Node, Node | None]:
         """What the gradient of ``starts`` reaches on ways around ``without``, each with the node that it comes from."""
         found: dict[Node, Node | None] = {}
         pending: list[tuple[Node, Node | None]] = [(node, None) for node in starts]
         while pending:
             node, above = pending.pop()
-            if node not in found and node not in without:
+            if node not in found and node not in without and node not in self.ends:
                 found[node] = above
                 pending.extend((following, node) for following, _ in node.next_functions if following is not None)
         return found

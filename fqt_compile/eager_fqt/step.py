@@ -66,10 +66,11 @@ class Step:
         prune = config.prune if config.prunes else "none"
         return selection.select(importance, self.keys(stream), prune, config.kept_fraction)
 
-    def place_cut(self, output: Any) -> Any:
+    def place_cut(self, output: Any, inputs: Sequence[Any] = ()) -> Any:
         """Find where rows are chosen (passes/rows.py has the rule) and prune what enters there; the output to return.
 
-        An autograd node stands for the gradient of its output, which is what enters its backward.
+        ``inputs``: what autograd has behind them is not looked at. An autograd node stands for the gradient of its
+        output, which is what enters its backward.
         """
         packed = [(node, site, rows) for node, site, rows in self._layers if site.decision == "packed"]
         samples = {rows for _, _, rows in packed}
@@ -79,7 +80,8 @@ class Step:
         roots = [t.grad_fn for t in tensors if t.grad_fn is not None]
         self._samples = samples.pop()
         norms = {node for node, rows in self._norms if rows == self._samples}
-        flow = AutogradFlow(roots, norms, self._samples)
+        ends = {t.grad_fn for t in inputs if isinstance(t, Tensor) and t.grad_fn is not None}
+        flow = AutogradFlow(roots, norms, self._samples, ends)
         nodes = [node for node, _, _ in packed if node in flow.nodes]
         if not nodes:
             return output
