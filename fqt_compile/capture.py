@@ -27,11 +27,13 @@ from .notices import announce, notices
 from .origin import names_in_model
 from .passes.graph import describe, first, value
 from .passes.names import Names
-from .passes.pipeline import State, run_pipeline
+from .passes.pipeline import ANALYSES, State, is_strict, run_pipeline
 from .passes.refusal import NotOptimized
 from .passes.region import FusedProgram
 from .passes.sites import Site
+from .passes.state import Pass
 
+NOTHING = "the model ran without a single tensor operation that torch.compile could capture"
 _COUNTER = itertools.count()
 
 
@@ -104,15 +106,32 @@ def capture(
 
     run_captured(model, args, kwargs, backend)
     if not graphs:
-        raise CaptureError("the model ran without a single tensor operation that torch.compile could capture")
+        raise CaptureError(NOTHING)
     return graphs
 
 
-def analysed(gm: fx.GraphModule, example_inputs: Sequence[Any], config: FQTConfig) -> CapturedGraph:
-    """What the passes make of one of Dynamo's graphs, which stays as it is."""
-    analysis = _Analysis(config, names_in_model(gm, example_inputs), False, example_inputs)
-    compile_interpreted(copy.deepcopy(gm), example_inputs, analysis, fx.Interpreter)
-    return analysis.result()
+def plan(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], config: FQTConfig
+) -> list[list[SiteReport]]:
+    """The layers of every graph of ``model(*args, **kwargs)``, which runs in float; much faster than `capture`."""
+    found: list[list[SiteReport]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(planned(gm, example_inputs, config))
+        return gm.forward
+
+    run_captured(model, args, kwargs, backend)
+    if not found:
+        raise CaptureError(NOTHING)
+    return found
+
+
+def planned(gm: fx.GraphModule, example_inputs: Sequence[Any], config: FQTConfig) -> list[SiteReport]:
+    """The layers of one of Dynamo's graphs, which stays as it is."""
+    analysis = _Plan(config, names_in_model(gm, example_inputs), False, example_inputs)
+    with contextlib.suppress(_Planned):
+        compile_interpreted(copy.deepcopy(gm), example_inputs, analysis, fx.Interpreter)
+    return analysis.sites
 
 
 class _Analysis(FQTPass):
@@ -122,6 +141,7 @@ class _Analysis(FQTPass):
         self.stages: dict[str, str] = {}
         super().__init__(config, names, observe=self.stages.__setitem__)
         self.rewrite, self.inputs = rewrite, inputs
+        self.steps: Sequence[Pass] | None = None
         self.state: State | None = None
         self.sites: list[SiteReport] = []
         self.saved_bytes = 0
@@ -129,7 +149,7 @@ class _Analysis(FQTPass):
     def __call__(self, graph: fx.Graph) -> None:
         self.stages["captured"] = describe(graph)
         target = graph if self.rewrite else _copy(graph)
-        self.state = run_pipeline(target, self.config, self.names, self.observe)
+        self.state = run_pipeline(target, self.config, self.names, self.observe, self.steps)
         if not self.rewrite:  # a report captures twice; once is enough to say it
             announce(notices(self.state))
         below = self.state.choice.below
@@ -148,6 +168,19 @@ class _Analysis(FQTPass):
             return CapturedGraph([], "", self.stages, self.saved_bytes, 0, [], [])
         made = (state.compacted, state.fused, state.not_optimized)
         return CapturedGraph(self.sites, state.choice.reason, self.stages, self.saved_bytes, *made)
+
+
+class _Planned(Exception):
+    """Ends a compilation of which no more is wanted than which layers are packed."""
+
+
+class _Plan(_Analysis):
+    """Only decides. Where a pass that fails is undone, all of them have to be tried to know what is packed."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.steps = ANALYSES if is_strict(self.config) else None
+        super().__call__(graph)
+        raise _Planned
 
 
 class _Unexecuted(fx.Interpreter):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..capture import capture
+from ..capture import plan
 from ..config import FQTConfig
 from ..data_parallel import unwrapped
 from ..errors import ConfigError
@@ -52,8 +52,8 @@ def eager(model: nn.Module, config: FQTConfig | Mapping[str, Any] | None = None)
 def _eager_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     original = super(type(self), self).forward
     if self._fqt_plan is None:
-        graphs = capture(original, args, kwargs, self._fqt_config)
-        self._fqt_plan = [site for graph in graphs for site in graph.sites]
+        graphs = plan(original, args, kwargs, self._fqt_config)
+        self._fqt_plan = [site for sites in graphs for site in sites]
         self._fqt_pieces = Pieces(original, self._fqt_config) if len(graphs) > 1 else None
     if self._fqt_pieces is not None:
         return self._fqt_pieces(lambda: _step(self), *args, **kwargs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture import analysed, fresh_call
+from ..capture import fresh_call, planned
 from ..config import FQTConfig
 from .mode import LayerMode
 from .step import Step
@@ -33,7 +33,7 @@ class Pieces:
             return self.call(*args, **kwargs)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        plan = analysed(gm, example_inputs, self.config).sites
+        plan = planned(gm, example_inputs, self.config)
 
         def run(*inputs: Any) -> Any:
             step = self.new_step()
