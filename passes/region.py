@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from .emit import Insertion
 from .graph import aten, first, is_call, is_tensor, position, prims, site_of, value
 from .local import is_channel_vector, is_zero, same
 from .refusal import Refusal
+from .vectors import Affine, Vector, channel_vector, gathered_bits
 
 fqt = torch.ops.fqt
 NAMES: dict[Any, str] = {
@@ -67,35 +67,12 @@ class FusedProgram:
         return FusedProgram(site_of(node), template, Call(node).text, dtypes)
 
 
-Vector = fx.Node | float | tuple[Any, "Vector", "Vector"]
-"""One value per channel: a node, a number, or an operator on two of them. Of bits: a node, or `gather_words` of two."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Affine:
-    """``scale base + shift``, not yet a statement; None for 1 and 0."""
-
-    base: str
-    scale: Vector | None = None
-    shift: Vector | None = None
-
-    def then(self, target: Any, by: Vector) -> _Affine:
-        if target is aten.mul.Tensor:
-            scale = by if self.scale is None else _vector_of(target, self.scale, by)
-            return _Affine(self.base, scale, None if self.shift is None else _vector_of(target, self.shift, by))
-        if target is aten.sub.Tensor and self.shift is None:
-            return _Affine(self.base, self.scale, _vector_of(aten.mul.Tensor, by, -1.0))
-        return _Affine(self.base, self.scale, by if self.shift is None else _vector_of(target, self.shift, by))
 
 
-NUMBERS = {aten.mul.Tensor: operator.mul, aten.add.Tensor: operator.add, aten.sub.Tensor: operator.sub}
 
 
-def _vector_of(target: Any, a: Vector, b: Vector) -> Vector:
-    """``target(a, b)``: a number of two numbers, which no kernel could read as a vector."""
-    if isinstance(a, float) and isinstance(b, float):
-        return float(NUMBERS[target](a, b))
-    return (target, a, b)
 
 
 class Region:
@@ -105,7 +82,7 @@ class Region:
         self.operands: list[tuple[Vector, str]] = []
         self.statements: list[Statement] = []
         self._names: dict[Vector, str] = {}
-        self._affine: dict[fx.Node, _Affine] = {}
+        self._affine: dict[fx.Node, Affine] = {}
 
     @property
     def program(self) -> Program:
@@ -113,7 +90,7 @@ class Region:
 
     def arguments(self, at: Insertion) -> list[Any]:
         """The operands as nodes, folded vectors and gathered bits added to the graph."""
-        made = {CHANNEL: _vector, BITS: _bits}
+        made = {CHANNEL: channel_vector, BITS: gathered_bits}
         return [made[kind](at, operand) if kind in made else operand for operand, kind in self.operands]
 
     def absorb(
@@ -205,7 +182,7 @@ class Region:
             return False
         source = left if full else right
         by = 0.0 if is_zero(by) else by
-        base = self._affine.get(source) or _Affine(self.argument(source))
+        base = self._affine.get(source) or Affine(self.argument(source))
         self._affine[node] = base.then(node.target, by if isinstance(by, fx.Node) else float(by))
         return True
 
@@ -303,21 +280,5 @@ def _is_number(argument: Any) -> bool:
     return isinstance(argument, int | float) and not isinstance(argument, bool)
 
 
-def _vector(at: Insertion, vector: Vector) -> Any:
-    """``[C]`` node (or number) of a channel vector."""
-    if isinstance(vector, tuple):
-        target, a, b = vector
-        return at.call("fold", target, _vector(at, a), _vector(at, b))
-    if isinstance(vector, float) or value(vector).dim() == 1:
-        return vector
-    return at.call("fold", aten.view.default, vector, [math.prod(value(vector).shape)])
 
 
-def _bits(at: Insertion, bits: Any) -> fx.Node:
-    """Words, those of kept rows gathered once for all programs that read them."""
-    if isinstance(bits, fx.Node):
-        return bits
-    gather, mask, rows = bits
-    made = [user for user in mask.users if is_call(user, gather) and Call(user).rows is rows]
-    known = next((user for user in made if position(user) < position(at.anchor)), None)
-    return known or at.call("gather", gather, mask, rows)

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from support import sample
+from support.finetuning import settings, uncompiled  # noqa: F401
 
 from fqt_compile.passes.pipeline import STRICT_VARIABLE
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.finetuning import TINY
 from torch._dynamo.exc import BackendCompilerFailed
 from typer.testing import CliRunner
 
@@ -18,7 +19,6 @@ from fqt_compile.config import FQTConfig
 from fqt_compile.errors import CaptureError, ConfigError, KernelBuildError
 
 pytest.importorskip("torchvision")
-TINY = f"{Path(__file__).with_name('test_finetune.py')}:tiny"
 
 
 def call(*arguments: str):

@@ -12,19 +12,8 @@ import pytest
 import torch
 from support import sample
 from support.equality import assert_same
-from support.grid import (
-    LAYERS,
-    OPERATIONS,
-    REFERENCE,
-    WIDE,
-    Call,
-    Layer,
-    calls,
-    expected,
-    operands,
-    product_calls,
-    sampled,
-)
+from support.grid import LAYERS, OPERATIONS, REFERENCE, WIDE, Call, Layer, operands, sampled
+from support.grid_calls import calls, expected, product_calls
 
 from fqt_compile.errors import ConfigError, UnsupportedInputError
 from fqt_compile.kernels import cpu, packing

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from support.equality import assert_same
-from support.grid import LAYERS, OPERATIONS, Layer, calls, sampled
+from support.grid import LAYERS, OPERATIONS, Layer, sampled
+from support.grid_calls import calls
 from support.nets import SmallNet, small_batch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.grid import LAYERS, calls
+from support.grid import LAYERS
+from support.grid_calls import calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only

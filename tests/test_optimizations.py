@@ -1,124 +1,22 @@
-"""Row compaction, exact statistics, fusion, float layers, the cost model: what they do to graphs, and to no number."""
+"""Exact statistics and fusion: what they do to graphs, and to no number."""
 
 from __future__ import annotations
 
 import re
-import warnings
 
 import pytest
 import torch
 from support import sample
-from support.graphs import captured, captured_once, operations
-from support.nets import SmallNet, small_batch, step_gradients
+from support.graphs import BATCH, captured, captured_once, images, operations
+from support.nets import PreActivation, SmallNet, small_batch, step_gradients
 from support.steps import assert_same_step
 from torch import nn
 
 from fqt_compile import explain
 from fqt_compile.capture import CapturedGraph
-from fqt_compile.errors import FQTWarning, UnsupportedInputError
-from fqt_compile.kernels import cost, cpu, program
+from fqt_compile.errors import UnsupportedInputError
+from fqt_compile.kernels import cpu, program
 from fqt_compile.models import small_vgg
-
-BATCH, KEPT = 8, 2
-
-
-def refusals(graph: CapturedGraph, step: str) -> list[str]:
-    """Why a pass left something as it was."""
-    return [left.reason for left in graph.not_optimized if left.step == step]
-
-
-def images(size: int = 32) -> torch.Tensor:
-    return torch.randn(BATCH, 3, size, size)
-
-
-# -- row compaction ------------------------------------------------------------------------------------------
-
-
-def test_below_the_cut_no_float_tensor_has_the_whole_batch():
-    graph = captured_once("vgg")
-    lines = graph.stages["layout"].splitlines()
-    below = lines[next(i for i, line in enumerate(lines) if "fqt.keep_rows" in line) :]
-    whole = [line for line in below if re.match(rf"\w+: (float32|int32|int16|bool)\[{BATCH}, \d+, \d+, \d+\]", line)]
-    assert whole == []
-    after = operations(graph.stages["layout"])
-    assert after["fqt.scatter_rows"] == after["fqt.prune_rows"] == after["aten.scatter_add"] == 0
-    assert after["fqt.max_pool_gradient"] == 2
-    assert graph.compacted > 10
-    assert refusals(graph, "compact") == []
-
-
-def test_forward_values_are_computed_again_from_bits_and_masks_of_junctions_are_bits():
-    graph = captured_once("skips")
-    after = operations(graph.stages["compact"])
-    assert after["fqt.output_product"] == 3 + 2  # two BatchNorms read their input again
-    assert after["aten.convolution"] == 2 + 1  # the stem again, for its ReLU
-    assert after["fqt.pack_bool"] == 1  # the ReLU behind the last addition; the others have a short history
-
-
-class Mixing(nn.Module):
-    """Between two packed layers an operator that mixes the rows of the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third, self.last = (nn.Linear(64, 64) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.second(torch.relu(self.first(x))))
-        return self.last(torch.relu(self.third(x + torch.flip(x, [0]))))
-
-
-def test_an_operator_that_mixes_rows_keeps_full_rows_and_is_named():
-    graph = captured(Mixing(), torch.randn(BATCH, 64))
-    (reason,) = refusals(graph, "compact")
-    assert "rev" in reason  # what flip became
-    assert operations(graph.stages["compact"])["fqt.scatter_rows"] == 1
-    torch.manual_seed(1)
-    assert_same_step(Mixing(), torch.randn(BATCH, 64), torch.arange(BATCH))
-
-
-class PreActivation(nn.Module):
-    """BatchNorm on the way around a packed layer: rows without gradient get values again, which must not be dropped."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(32) for _ in range(3))
-        self.fc = nn.Linear(32, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        for conv, norm in zip(self.blocks, self.norms, strict=True):
-            x = x + conv(torch.relu(norm(x)))
-        return self.fc(x.mean((2, 3)))
-
-
-NETS = {"pre-activation": PreActivation, "vgg": lambda: small_vgg(10), "skips": lambda: SmallNet(norm=True)}
-
-
-@pytest.mark.parametrize("net", NETS)
-def test_compaction_and_fusion_equal_eager_fqt(net):
-    torch.manual_seed(3)
-    x, y = small_batch(BATCH, 8)
-    assert_same_step(NETS[net](), x, y, tolerance=2e-3, inductor=net in sample.some("inductor", list(NETS)))
-
-
-@pytest.mark.parametrize("options", [{"keep": 1}, {"scope": "layer"}, {"prune": "bernoulli"}], ids=str)
-@pytest.mark.parametrize("net", NETS)
-def test_fusion_without_compaction_equals_eager_fqt(net, options):
-    torch.manual_seed(3)
-    x, y = small_batch(BATCH, 8)
-    assert_same_step(NETS[net](), x, y, tolerance=2e-3, **options)
-
-
-def test_bernoulli_is_not_compacted():
-    graph = captured(SmallNet(), images(8), prune="bernoulli")
-    assert graph.compacted == 0
-    assert refusals(graph, "compact") == ["prune='bernoulli' keeps a random number of rows"]
-    assert operations(graph.stages["layout"])["fqt.prune_rows"] == 1
-
-
-# -- exact statistics and fusion -----------------------------------------------------------------------------
 
 
 def test_vgg_has_no_float_activation_between_packed_layers():
@@ -360,9 +258,6 @@ def test_explain_says_what_was_not_optimized_and_why():
     assert not [line for line in explain(small_vgg(10), images()).optimizations if line.startswith("not optimized")]
 
 
-# -- options -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("network", sample.some("autocast", ["small_vgg", "SmallNet"]))
 def test_autocast_with_max_pooling_and_skips(network):
     model, x, y = (small_vgg(10) if network == "small_vgg" else SmallNet(norm=True)), *small_batch(BATCH, 16)
@@ -374,42 +269,3 @@ def test_autocast_with_max_pooling_and_skips(network):
         oracle, _ = step_gradients(torch.compile(model, backend="fqt1bit", options={"lowering": "eager"}), x, y)
     assert loss == pytest.approx(oracle, rel=0.02)
     assert all(torch.isfinite(g).all() for g in gradients.values())
-
-
-def test_float_layers_in_bfloat16():
-    graph = captured_once("skips", float_dtype="bfloat16")
-    lines = graph.stages["layout"].splitlines()
-    products = [line for line in lines if " = aten.convolution.default" in line]
-    assert products
-    assert all(": bfloat16[" in line for line in products)
-    assert operations(graph.stages["layout"])["fqt.output_product"] == 5
-
-
-def test_layers_slower_than_float_stay_in_float_if_asked_to(monkeypatch):
-    slow, fast = cost.Line(1.0, 1.0), cost.Line(0.0, 1e12)
-    for packed, other, decision in ((slow, fast, "float"), (fast, slow, "packed")):
-        monkeypatch.setattr(cost, "costs", lambda p=packed, o=other: cost.Costs(p, o, o))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FQTWarning)  # nothing is packed
-            sites = explain(SmallNet(), images(8), config={"skip": ["first", "last", "slow"]}).sites
-        assert {s.decision for s in sites if s.name in ("conv1", "conv2", "fc1")} == {decision}
-        if decision == "float":
-            assert "skip='slow'" in next(s.reason for s in sites if s.name == "conv1")
-
-
-def test_costs_are_measured_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("FQT_COMPILE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cost, "REPEATS", 1)
-    cost._costs.cache_clear()
-    measured = cost.costs()
-    assert measured.packed.rate > 0
-    cost._costs.cache_clear()
-    monkeypatch.setattr(cost, "_packed", lambda layer: pytest.fail("measured twice"))
-    assert cost.costs() == measured
-    cost._costs.cache_clear()
-
-
-def test_a_line_through_two_points():
-    line = cost.Line.through((10.0, 2.0), (30.0, 3.0))
-    assert line == cost.Line(overhead=1.5, rate=20.0)
-    assert line.seconds(50.0) == 4.0

@@ -103,7 +103,8 @@ def test_offset_type_leaves_room_for_the_last_block():
 
 SCALED_OUTPUT = """
 import torch
-from support.grid import LAYERS, calls
+from support.grid import LAYERS
+from support.grid_calls import calls
 from fqt_compile.kernels import gpu, reference
 from fqt_compile.kernels.gpu import products as gpu_products
 from fqt_compile.kernels.operations import OPERATIONS as REFERENCE

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("triton")
 
 from support import sample, triton_aot
-from support.grid import GRADIENT_PROGRAMS, POOLED, PROGRAMS
+from support.grid_calls import GRADIENT_PROGRAMS, POOLED, PROGRAMS
 
 from fqt_compile.kernels.gpu import codegen as gpu_codegen
 from fqt_compile.kernels.gpu import launch as gpu_launch
@@ -100,15 +100,19 @@ def test_compiles_ahead_of_time(target, record_property):
 
 
 def compiled_for(target: str, launches: list[gpu_launch.Launch]) -> list[gpu_launch.Launch]:
-    """Each kernel for all three; each launch for one of the two of NVIDIA, others every day, half of them for AMD's."""
+    """Each template for all three, each kernel for one of them, one of six launches: others every day."""
     if sample.everything():
         return launches
-    half = {"sm_80": 0, "sm_90": 1, "gfx942": sample.number("gfx942") % 2}[target]
-    chosen = [launch for launch in launches if sample.number(triton_aot.label(launch)) % 2 == half]
+    place = list(triton_aot.TARGETS).index(target)
+    chosen = [launch for launch in launches if sample.number(triton_aot.label(launch)) % 6 == place]
+    templates = {launch.spec.template for launch in chosen}
     kernels = {(launch.spec.template, launch.kernel) for launch in chosen}
-    for launch in launches:
-        if (launch.spec.template, launch.kernel) not in kernels:
-            kernels.add((launch.spec.template, launch.kernel))
+    for launch in sample.shuffled(target, launches):
+        template, kernel = launch.spec.template, (launch.spec.template, launch.kernel)
+        mine = sample.number(f"{kernel}") % len(triton_aot.TARGETS) == place
+        if template not in templates or (mine and kernel not in kernels):
+            templates.add(template)
+            kernels.add(kernel)
             chosen.append(launch)
     return chosen
 

@@ -26,9 +26,10 @@ def captured(model: nn.Module, x: torch.Tensor, **options: Any) -> CapturedGraph
     return graph
 
 
+BATCH = 8
 NETS = {
-    "vgg": (lambda: small_vgg(10), (8, 3, 32, 32)),
-    "skips": (lambda: SmallNet(norm=True), (8, 3, 8, 8)),
+    "vgg": (lambda: small_vgg(10), (BATCH, 3, 32, 32)),
+    "skips": (lambda: SmallNet(norm=True), (BATCH, 3, 8, 8)),
 }
 _CAPTURED: dict[tuple[str, str], CapturedGraph] = {}
 
@@ -41,3 +42,12 @@ def captured_once(net: str, **options: Any) -> CapturedGraph:
         with torch.random.fork_rng(devices=[]):
             _CAPTURED[key] = captured(build(), torch.randn(shape), **options)
     return _CAPTURED[key]
+
+
+def refusals(graph: CapturedGraph, step: str) -> list[str]:
+    """Why a pass left something as it was."""
+    return [left.reason for left in graph.not_optimized if left.step == step]
+
+
+def images(size: int = 32) -> torch.Tensor:
+    return torch.randn(BATCH, 3, size, size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -49,3 +51,25 @@ def step_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int
     }
     model.zero_grad()
     return loss.item(), gradients
+
+
+def compiled(model: nn.Module, **options: object) -> Any:
+    """The model as its users compile it."""
+    return torch.compile(model, backend="fqt1bit", options=options)
+
+
+class PreActivation(nn.Module):
+    """BatchNorm on the way around a packed layer: rows without gradient get values again, which must not be dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(32) for _ in range(3))
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for conv, norm in zip(self.blocks, self.norms, strict=True):
+            x = x + conv(torch.relu(norm(x)))
+        return self.fc(x.mean((2, 3)))

@@ -37,6 +37,11 @@ def pick(name: str, items: Sequence[T]) -> T:
     return items[number(name) % len(items)]
 
 
+def shuffled(name: str, items: Sequence[T]) -> list[T]:
+    """The items in the order of the day."""
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: number(f"{name} {i}"))]
+
+
 def some(name: str, items: Sequence[T]) -> Sequence[T]:
     """One of the items, or all with ``--all``."""
     return items if everything() else [pick(name, items)]

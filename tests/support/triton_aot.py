@@ -19,7 +19,8 @@ from fqt_compile.kernels.gpu import codegen as gpu_codegen
 from fqt_compile.kernels.gpu import launch as gpu_launch
 from fqt_compile.kernels.gpu import products as gpu_products
 from fqt_compile.kernels.gpu import strategy as gpu_strategy
-from support.grid import GRADIENT_PROGRAMS, LAYERS, POOLED, PROGRAMS, calls
+from support.grid import LAYERS
+from support.grid_calls import GRADIENT_PROGRAMS, POOLED, PROGRAMS, calls
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

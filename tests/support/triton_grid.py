@@ -27,7 +27,8 @@ from fqt_compile.kernels.gpu import launch as gpu_launch
 from fqt_compile.kernels.gpu.codegen import interpreted
 from support import sample
 from support.equality import assert_same
-from support.grid import LAYERS, REFERENCE, Layer, calls, expected, sampled
+from support.grid import LAYERS, REFERENCE, Layer, sampled
+from support.grid_calls import calls, expected
 
 assert interpreted(), "set TRITON_INTERPRET=1"
 warnings.simplefilter("error")
