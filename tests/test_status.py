@@ -8,6 +8,7 @@ import multiprocessing
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -110,6 +111,27 @@ def test_layers_in_no_graph_are_announced_after_the_first_step():
     assert len(said) == 1
     assert fqt_compile.status(step).not_captured == ["outside", "unused"]
     step(x).sum().backward()  # once is enough
+
+
+def test_a_block_that_is_used_twice_in_a_step_is_no_second_step():
+    """It is called with the same parameters again before the later layers have run once: nothing is wrong yet."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.block(torch.relu(self.block(x)))))
+
+    model = Twice()
+    for layer in (model.block, model.last):
+        layer.compile(backend="fqt1bit", options={**EAGER, "skip": ()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model(torch.randn(8, 64)).sum().backward()
+    assert fqt_compile.status(model).not_captured == []
 
 
 def test_a_model_of_which_nothing_is_captured_is_announced():
