@@ -67,8 +67,10 @@ def test_compaction_and_fusion_equal_eager_fqt(net):
     assert_same_step(NETS[net](), x, y, tolerance=2e-3, inductor=net in sample.some("inductor", list(NETS)))
 
 
-@pytest.mark.parametrize("options", [{"keep": 1}, {"scope": "layer"}, {"prune": "bernoulli"}], ids=str)
-@pytest.mark.parametrize("net", NETS)
+WHOLE = [{"keep": 1}, {"scope": "layer"}, {"prune": "bernoulli"}]
+
+
+@pytest.mark.parametrize(("net", "options"), [(net, o) for net in NETS for o in sample.some(net, WHOLE)], ids=str)
 def test_fusion_without_compaction_equals_eager_fqt(net, options):
     torch.manual_seed(3)
     x, y = small_batch(BATCH, 8)

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torchvision
 from support import sample
+from support.graphs import sites_of
 from support.nets import SmallNet, small_batch, step_gradients
 from support.noise_nets import NETS, batches, trained, vgg_like
 from support.steps import interpreted
 from torch import nn
 
 import fqt_compile
-from fqt_compile import FQTConfig, explain, gradient_noise
+from fqt_compile import FQTConfig, gradient_noise
 from fqt_compile.capture import capture
 from fqt_compile.errors import ConfigError
 from fqt_compile.inspect.noise import least_variance
@@ -38,7 +39,7 @@ def test_instance_norm_of_one_image_is_not_taken_for_batch_norm(affine, track):
         layers = [nn.Conv2d(3, 32, 3), norm(32, affine=affine, track_running_stats=track), nn.ReLU()]
         model = nn.Sequential(*layers, nn.Conv2d(32, 32, 3), nn.Conv2d(32, 4, 3))
         for images, mode in itertools.product((1, 3), (True, False)):
-            (site,) = (s for s in explain(model.train(mode), torch.randn(images, 3, 9, 9)).sites if s.name == "3")
+            (site,) = (s for s in sites_of(model.train(mode), torch.randn(images, 3, 9, 9)) if s.name == "3")
             assert site.threshold == rule, (norm, images, mode)
 
 
@@ -252,8 +253,7 @@ def test_compiled_equals_eager_for_heads_and_norms(build, options):
 
 
 def thresholds(model: nn.Module, x: torch.Tensor) -> dict[str, str | None]:
-    (graph,) = capture(model, (x,), {}, FQTConfig(), rewrite=True)
-    return {site.name: site.threshold for site in graph.sites if site.decision == "packed"}
+    return {site.name: site.threshold for site in sites_of(model, x) if site.decision == "packed"}
 
 
 def test_which_threshold_a_layer_has_and_that_evaluation_has_the_same():
@@ -272,7 +272,7 @@ def test_which_threshold_a_layer_has_and_that_evaluation_has_the_same():
     assert of_vgg["classifier.3"] == "sample"  # ReLU without BatchNorm, and dropout
     for model, training in ((resnet, of_resnet), (vgg, of_vgg)):
         assert thresholds(model.eval(), torch.randn(2, 3, 32, 32)) == training
-    assert "threshold of each channel" in str(explain(small_vgg(10), torch.randn(2, 3, 16, 16)))
+    assert "threshold of each channel" in sites_of(small_vgg(10), torch.randn(2, 3, 16, 16))[1].activation_reason
 
 
 def trained_for_a_moment(model: nn.Module, step, size: int) -> None:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.graphs import sites_of
 from support.nets import step_gradients
 from torch import nn
 
 import fqt_compile
-from fqt_compile import FQTConfig
-from fqt_compile.capture import capture
 from fqt_compile.errors import FQTWarning
 from fqt_compile.passes import claims, pipeline
 
@@ -74,8 +73,7 @@ def largest_difference(model: nn.Module, x: torch.Tensor, y: torch.Tensor, optio
 
 
 def decisions(model: nn.Module, x: torch.Tensor) -> dict[str, tuple[str, str]]:
-    (graph,) = capture(model, (x,), {}, FQTConfig())
-    return {site.name: (site.decision, site.reason) for site in graph.sites}
+    return {site.name: (site.decision, site.reason) for site in sites_of(model, x)}
 
 
 # -- gradients go to the layer they belong to ----------------------------------------------------------------
@@ -156,7 +154,7 @@ def test_what_cannot_be_proven_stays_in_float_with_the_reason():
 def test_backward_nodes_have_one_owner(monkeypatch):
     states = []
     monkeypatch.setattr("fqt_compile.capture.notices", lambda state: states.append(state) or [])
-    capture(Net("2d", siblings), (input_of("2d")[0],), {}, FQTConfig(), rewrite=False)
+    sites_of(Net("2d", siblings), input_of("2d")[0])
     sites = states[0].sites
     assert claims.claimed_once(sites) is None
     owned = [n for s in sites for n in (s.grad_input, s.grad_weight, s.grad_bias) if n is not None]

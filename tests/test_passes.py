@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torchvision
-from support.graphs import operations
+from support.graphs import operations, sites_of
 from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
 
@@ -76,8 +76,8 @@ def test_operations_of_whole_models(name):
 
 
 def test_first_last_and_downsampling_of_resnet18_stay_in_float_with_their_reasons():
-    graph = capture(MODELS["resnet18"][0](), (torch.randn(2, 3, 64, 64),), {}, FQTConfig())[0]
-    floats = {site.name: site.reason for site in graph.sites if site.decision == "float"}
+    sites = sites_of(MODELS["resnet18"][0](), torch.randn(2, 3, 64, 64))
+    floats = {site.name: site.reason for site in sites if site.decision == "float"}
     assert set(floats) == {"conv1", "fc", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
     assert "first layer" in floats["conv1"]
     assert "last layer" in floats["fc"]
@@ -86,11 +86,10 @@ def test_first_last_and_downsampling_of_resnet18_stay_in_float_with_their_reason
 
 def decisions(model: nn.Module, *shape: int, dtype: torch.dtype = torch.float32, **options):
     """Decision and reason of every layer, by name; nothing is skipped unless asked for."""
-    config = FQTConfig(**{"skip": (), **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FQTWarning)
-        graphs = capture(model, (torch.randn(*shape, dtype=dtype),), {}, config)
-    return {site.name: (site.decision, site.reason) for graph in graphs for site in graph.sites}
+        sites = sites_of(model, torch.randn(*shape, dtype=dtype), **{"skip": (), **options})
+    return {site.name: (site.decision, site.reason) for site in sites}
 
 
 @pytest.mark.parametrize(
@@ -138,12 +137,12 @@ def test_skip_names_modules_and_patterns_and_warns_about_typing_errors():
     assert chosen["fc1"] == ("float", "named by skip='fc*'")
     assert chosen["conv2"][0] == "packed"
     with pytest.warns(FQTWarning, match=r"names no layer"):
-        capture(model, (torch.randn(2, 3, 8, 8),), {}, FQTConfig(skip=("convv1",)))
+        sites_of(model, torch.randn(2, 3, 8, 8), skip=("convv1",))
 
 
 def test_a_model_without_an_eligible_layer_warns():
     with pytest.warns(FQTWarning, match="no convolution or linear layer of this graph is packed.*first layer"):
-        capture(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), (torch.randn(2, 64),), {}, FQTConfig())
+        sites_of(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(2, 64))
 
 
 class Activations(nn.Module):
@@ -175,8 +174,7 @@ class Activations(nn.Module):
     ],
 )
 def test_activation_codes_by_non_negativity(function, code):
-    graph = capture(Activations(function), (torch.randn(4, 64),), {}, FQTConfig(skip=()))[0]
-    assert graph.sites[0].activation == code
+    assert sites_of(Activations(function), torch.randn(4, 64), skip=())[0].activation == code
 
 
 def test_operands_are_packed_once():

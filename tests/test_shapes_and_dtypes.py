@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import sample
 from support.nets import SmallNet, compiled, small_batch, step_gradients
+from support.steps import interpreted
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
@@ -117,7 +118,7 @@ def test_other_dtypes(dtype):
     model, (x, y) = SmallNet().to(dtype), small_batch()
     if dtype == torch.float64:
         with pytest.warns(UserWarning, match="torch.float64"):
-            loss, gradients = step_gradients(compiled(model), x.to(dtype), y)
+            loss, gradients = step_gradients(compiled(model, lowering="eager"), x.to(dtype), y)
         expected = step_gradients(model, x.to(dtype), y)
         assert loss == pytest.approx(expected[0])
         return
@@ -130,7 +131,7 @@ def test_autocast_packs_every_site():
     model, (x, y) = SmallNet(norm=True), small_batch()
     saved: list[torch.Tensor] = []
     with torch.autocast("cpu", torch.bfloat16):
-        step = compiled(model)
+        step = interpreted(model)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
             output = step(x)
     assert output.dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fqt_compile import FQTConfig
-from fqt_compile.capture import CapturedGraph, capture
+from fqt_compile.capture import CapturedGraph, SiteReport, capture, plan
 from fqt_compile.models import small_vgg
 from support.nets import SmallNet
 
@@ -18,6 +18,11 @@ def operations(text: str) -> collections.Counter:
     """How often each operation is called in a described graph."""
     calls = [line.split(" = ")[1].split("(")[0] for line in text.splitlines() if " = " in line]
     return collections.Counter(call.removesuffix(".default") for call in calls)
+
+
+def sites_of(model: nn.Module, x: torch.Tensor, **options: Any) -> list[SiteReport]:
+    """The layers of a model as the analyses decide about them: a fifth of the time of `captured`."""
+    return [site for sites in plan(model, (x,), {}, FQTConfig.from_options(options)) for site in sites]
 
 
 def captured(model: nn.Module, x: torch.Tensor, **options: Any) -> CapturedGraph:
