@@ -89,8 +89,9 @@ def capture(
     config: FQTConfig,
     *,
     rewrite: bool = False,
+    steps: Sequence[Pass] | None = None,
 ) -> list[CapturedGraph]:
-    """Trace ``model(*args, **kwargs)`` with gradients and run the pipeline on every graph.
+    """Trace ``model(*args, **kwargs)`` with gradients; run the pipeline on every graph, or ``steps`` and say nothing.
 
     With ``rewrite=False`` the pipeline sees a copy and the model runs, and saves, in float; with True the
     rewritten graphs are partitioned (``saved_bytes`` is then theirs) but not executed.
@@ -99,6 +100,7 @@ def capture(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         analysis = _Analysis(config, names_in_model(gm, example_inputs), rewrite, example_inputs)
+        analysis.steps, analysis.quiet = steps, steps is not None
         interpreter = _Unexecuted if rewrite else fx.Interpreter
         compiled = compile_interpreted(gm, example_inputs, analysis, interpreter, analysis.see_partition)
         graphs.append(analysis.result())
@@ -142,6 +144,7 @@ class _Analysis(FQTPass):
         super().__init__(config, names, observe=self.stages.__setitem__)
         self.rewrite, self.inputs = rewrite, inputs
         self.steps: Sequence[Pass] | None = None
+        self.quiet = False
         self.state: State | None = None
         self.sites: list[SiteReport] = []
         self.saved_bytes = 0
@@ -150,7 +153,7 @@ class _Analysis(FQTPass):
         self.stages["captured"] = describe(graph)
         target = graph if self.rewrite else _copy(graph)
         self.state = run_pipeline(target, self.config, self.names, self.observe, self.steps)
-        if not self.rewrite:  # a report captures twice; once is enough to say it
+        if not self.quiet:
             announce(notices(self.state))
         below = self.state.choice.below
         self.sites = [report(site, site.index in below, self.inputs) for site in self.state.sites]

@@ -67,14 +67,6 @@ class FusedProgram:
         return FusedProgram(site_of(node), template, Call(node).text, dtypes)
 
 
-
-
-
-
-
-
-
-
 class Region:
     """Pointwise operators of one shape, as statements over full, channel and bits operands."""
 
@@ -278,7 +270,3 @@ def is_supported(node: fx.Node, x: fx.Node) -> bool:
 
 def _is_number(argument: Any) -> bool:
     return isinstance(argument, int | float) and not isinstance(argument, bool)
-
-
-
-

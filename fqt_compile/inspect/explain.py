@@ -136,7 +136,7 @@ def explain(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: got {type(model).__name__}; accepted: a torch.nn.Module")
     settings = FQTConfig.from_options(config)
-    plain = capture(model, args, kwargs or {}, settings)
+    plain = capture(model, args, kwargs or {}, settings, steps=())  # for the bytes that it saves in float
     packed = capture(model, args, kwargs or {}, settings, rewrite=True)
     sites = [site for graph in packed for site in graph.sites]
     return Report(
