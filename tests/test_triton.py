@@ -29,22 +29,21 @@ from fqt_compile.kernels.operations import OPERATIONS as REFERENCE
 
 HERE = Path(__file__).parent
 GROUPS = {
-    "activations": ["check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"],
-    "programs and statistics": [
+    "activations, programs and statistics": [
+        *("check_finite", "activation_threshold", "pack_activation", "unpack_activation", "apply_mask"),
         *("fused_activation", "fused_gradient", "pack_bool", "unpack_bool", "max_pool_gradient"),
         *("channel_moments", "gradient_moments", "float_moments"),
     ],
-    "weights": ["quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"],
-    "rows": [
+    "weights, rows and codes": [
+        *("quantize_weight", "transpose_weight", "unpack_weight", "weight_gradient"),
         *("row_importance", "channel_importance", "select"),
         *("prune_rows", "keep_rows", "gather_words", "gather_rows", "scatter_rows"),
+        *("quantize_rows", "quantize_channels"),
+        *("dequantize_rows", "dequantize_grad_input", "dequantize_grad_weight"),
     ],
-    "quantize": ["quantize_rows", "quantize_channels"],
-    "dequantize": ["dequantize_rows", "dequantize_grad_input", "dequantize_grad_weight"],
-    "forward products": ["output_product", "grad_input_product"],
-    "weight product": ["grad_weight_product", "grad_weight"],
+    "products": ["output_product", "grad_input_product", "grad_weight_product", "grad_weight"],
 }
-SLOW_GROUPS = ("weights", "quantize", "forward products", "weight product", "programs and statistics", "rows")
+"""Of operations that one process runs: starting it takes as long as most of them."""
 COVERED = "triton coverage"
 
 
@@ -71,7 +70,7 @@ def test_every_reference_operation_has_a_gpu_kernel():
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreter_equals_reference(group, record_property):
     """FQT_COMPILE_TRITON_LIMIT=0 runs all argument lists on all shapes (40 minutes)."""
-    limit = os.environ.get("FQT_COMPILE_TRITON_LIMIT") or ("1" if group in SLOW_GROUPS else "2")
+    limit = os.environ.get("FQT_COMPILE_TRITON_LIMIT") or "1"
     lines = run_interpreted(str(HERE / "support" / "triton_grid.py"), "--limit", limit, *GROUPS[group]).splitlines()
     by_operation = collections.defaultdict(list)
     for run in map(json.loads, lines):
@@ -117,13 +116,8 @@ for layer in [layer for layer in LAYERS if layer.name in ("linear-one-row", "3x3
             with gpu.force_strategy(strategy):
                 y = gpu_products.scaled_output(product[:7], alpha, b)
             assert torch.equal(y, reference.dequantize_output(acc, alpha, b))
+print("epilogue")
 """
-
-
-@pytest.mark.slow
-def test_epilogue_of_the_output_product(record_property):
-    run_interpreted("-c", SCALED_OUTPUT)
-    record_property(COVERED, "interpreter | output_product with scale and bias (popcount, tensor-core) | 3 shapes")
 
 
 EVERY_STATEMENT = """
@@ -159,9 +153,10 @@ for name, text in texts.items():
 
 
 @pytest.mark.slow
-def test_every_statement_of_programs_on_special_values(record_property):
-    lines = run_interpreted("-c", EVERY_STATEMENT).splitlines()
-    assert set(lines) >= set(program.OPERATIONS)
+def test_every_statement_of_programs_on_special_values_and_the_epilogue_of_the_output_product(record_property):
+    lines = run_interpreted("-c", EVERY_STATEMENT + SCALED_OUTPUT).splitlines()
+    assert set(lines) >= {*program.OPERATIONS, "epilogue"}
+    record_property(COVERED, "interpreter | output_product with scale and bias (popcount, tensor-core) | 3 shapes")
     record_property(COVERED, f"interpreter | statements of programs, zeros, NaN, infinities | {', '.join(lines)}")
 
 
