@@ -67,7 +67,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ["mlp", *sample.some("whole models", ["resnet", "vgg", "vit"])])
+@pytest.mark.parametrize("name", sample.some("whole models", list(MODELS)))
 def test_whole_models_against_reference_eager_and_float(name):
     build, shape = MODELS[name]
     model = build()

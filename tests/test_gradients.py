@@ -44,7 +44,7 @@ def test_instance_norm_of_one_image_is_not_taken_for_batch_norm(affine, track):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", sample.some("noise", list(NETS), 2))
 def test_gradients_are_nearly_unbiased_and_not_noisy(name):
     """Relative to the exact gradient's square, in every packed layer, a quarter of the rows kept. v1: 2 to 187."""
     noise = gradient_noise(trained(NETS[name], 60), batches(2), {}, 8)
@@ -200,7 +200,7 @@ class Summed(TwoHeads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [TwoHeads, Summed, SmallNet], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("build", sample.some("without norm", [TwoHeads, Summed, SmallNet]), ids=lambda c: c.__name__)
 def test_nets_without_batch_norm_are_unbiased(build):
     """Mean over 400 seeds within its standard error, of the component along the exact gradient; one or two outputs."""
     torch.manual_seed(1)

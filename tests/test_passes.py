@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torchvision
+from support import sample
 from support.graphs import operations, sites_of
 from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
@@ -55,7 +56,7 @@ PER_PACKED_SITE = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sample.some("whole models", list(MODELS), 2))
 def test_operations_of_whole_models(name):
     build, shape, sites, packed, code = MODELS[name]
     (graph,) = capture(build(), (torch.randn(shape),), {}, FQTConfig())

@@ -113,6 +113,7 @@ def test_layers_in_no_graph_are_announced_after_the_first_step():
     step(x).sum().backward()  # once is enough
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_block_that_is_used_twice_in_a_step_is_no_second_step():
     """It is called with the same parameters again before the later layers have run once: nothing is wrong yet."""
 
@@ -128,7 +129,7 @@ def test_a_block_that_is_used_twice_in_a_step_is_no_second_step():
     for layer in (model.block, model.last):
         layer.compile(backend="fqt1bit", options={**EAGER, "skip": ()})
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", FQTWarning)
         for _ in range(3):
             model(torch.randn(8, 64)).sum().backward()
     assert fqt_compile.status(model).not_captured == []

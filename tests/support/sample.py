@@ -42,9 +42,10 @@ def shuffled(name: str, items: Sequence[T]) -> list[T]:
     return [items[i] for i in sorted(range(len(items)), key=lambda i: number(f"{name} {i}"))]
 
 
-def some(name: str, items: Sequence[T]) -> Sequence[T]:
-    """One of the items, or all with ``--all``."""
-    return items if everything() else [pick(name, items)]
+def some(name: str, items: Sequence[T], count: int = 1) -> Sequence[T]:
+    """One of the items, or ``count`` of them in their order; all with ``--all``."""
+    chosen = set(shuffled(name, range(len(items)))[:count])
+    return items if everything() else [item for i, item in enumerate(items) if i in chosen]
 
 
 def one_in(count: int, name: str) -> bool:
