@@ -12,6 +12,7 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 using i64 = int64_t;
@@ -66,8 +67,12 @@ int main(int, char** arguments) {
       buffer_of[i] = number();
       a[i] = number();
     }
-    std::vector<std::string> memory(size_t(number())), wanted(memory.size());
-    for (size_t b = 0; b < memory.size(); ++b) memory[b] = bytes(), wanted[b] = bytes();
+    const i64 buffers = number();
+    std::vector<std::string> memory, wanted;
+    for (i64 b = 0; b < buffers; ++b) {
+      memory.push_back(bytes());
+      wanted.push_back(bytes());
+    }
     const i64 status = number();
     for (i64 i = 0; i < count; ++i)
       if (buffer_of[i] >= 0) a[i] += i64(&memory[size_t(buffer_of[i])][0]);
