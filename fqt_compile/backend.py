@@ -130,7 +130,7 @@ def fqt1bit(
     messages, status = joint_pass.messages or [], joint_pass.status
     if status is None:  # Inductor had it in its cache
         messages, status = recall(graph_key(gm, example_inputs, joint_pass.uuid()))
-    record.announce([*messages, *at_recompile_limit()])
+    record.announce([*messages, *at_recompile_limit(), *_switched_off()])
     if status is not None:
         record.add(status, config.report)
     return _watched(compiled, record)
@@ -172,6 +172,21 @@ def at_recompile_limit() -> list[str]:
     ]
 
 
+SWITCHED_OFF = {
+    "freezing": "weights become constants, but their bits are made from the parameters in every call",
+    "cpp_wrapper": "its code cannot call packed operations",
+}
+"""Settings of Inductor under which graphs with packed operations do not compile, and why."""
+
+
+def _switched_off() -> list[str]:
+    return [
+        f"fqt1bit: torch._inductor.config.{name} is left off for this model: {reason}"
+        for name, reason in SWITCHED_OFF.items()
+        if getattr(torch._inductor.config, name)
+    ]
+
+
 def _compiled(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: FQTConfig, joint_pass: FQTPass
 ) -> Callable[..., Any]:
@@ -194,7 +209,7 @@ def _compiled(
     torch._functorch.config.donated_buffer = False
     key = graph_key(gm, example_inputs, joint_pass.uuid())
     inductor.register()
-    patches = {"joint_custom_pre_pass": joint_pass, **layout_patches(gm)}
+    patches = {"joint_custom_pre_pass": joint_pass, **dict.fromkeys(SWITCHED_OFF, False), **layout_patches(gm)}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions())
     if joint_pass.status is not None and joint_pass.messages is not None:
         remember(key, joint_pass.messages, joint_pass.status)

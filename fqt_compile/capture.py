@@ -25,7 +25,7 @@ from .errors import CaptureError
 from .interpret import compile_interpreted
 from .notices import announce, notices
 from .origin import names_in_model
-from .passes.graph import describe, first, value
+from .passes.graph import describe, value
 from .passes.names import Names
 from .passes.pipeline import ANALYSES, State, is_strict, run_pipeline
 from .passes.refusal import NotOptimized
@@ -94,17 +94,16 @@ def capture(
     """Trace ``model(*args, **kwargs)`` with gradients; run the pipeline on every graph, or ``steps`` and say nothing.
 
     With ``rewrite=False`` the pipeline sees a copy and the model runs, and saves, in float; with True the
-    rewritten graphs are partitioned (``saved_bytes`` is then theirs) but not executed.
+    rewritten graphs are partitioned (``saved_bytes`` is then theirs), and the float model is executed.
     """
     graphs: list[CapturedGraph] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         analysis = _Analysis(config, names_in_model(gm, example_inputs), rewrite, example_inputs)
         analysis.steps, analysis.quiet = steps, steps is not None
-        interpreter = _Unexecuted if rewrite else fx.Interpreter
-        compiled = compile_interpreted(gm, example_inputs, analysis, interpreter, analysis.see_partition)
+        compiled = compile_interpreted(gm, example_inputs, analysis, fx.Interpreter, analysis.see_partition)
         graphs.append(analysis.result())
-        return compiled
+        return gm.forward if rewrite else compiled  # real values for what follows a graph break
 
     run_captured(model, args, kwargs, backend)
     if not graphs:
@@ -184,23 +183,6 @@ class _Plan(_Analysis):
         self.steps = ANALYSES if is_strict(self.config) else None
         super().__call__(graph)
         raise _Planned
-
-
-class _Unexecuted(fx.Interpreter):
-    """Returns zeros of the right shape instead of running a graph."""
-
-    def boxed_run(self, args_list: list[Any]) -> Any:
-        args_list.clear()
-        output = next(n for n in self.module.graph.nodes if n.op == "output")  # type: ignore[union-attr]
-        return [self._zeros(item) for item in first(output)]
-
-    @staticmethod
-    def _zeros(item: Any) -> Any:
-        fake = item.meta.get("val") if isinstance(item, fx.Node) else item
-        if not isinstance(fake, torch.Tensor):
-            return fake
-        sizes, strides = [int(s) for s in fake.shape], [int(s) for s in fake.stride()]
-        return torch.empty_strided(sizes, strides, dtype=fake.dtype, device=fake.device).zero_()
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

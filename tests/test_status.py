@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+from support import sample
 from support.nets import SmallNet, small_batch
 from torch import nn
 
@@ -202,6 +203,17 @@ def test_a_users_own_joint_pass_runs_too():
 def _answer(step, x, queue):
     with torch.no_grad():
         queue.put(float(step(x).sum()))
+
+
+@pytest.mark.parametrize("setting", sample.some("inductor", ["freezing", "cpp_wrapper"]))
+def test_settings_under_which_nothing_packed_compiles_are_left_off(setting):
+    model, (x, _) = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), small_batch()
+    step = torch.compile(model, backend="fqt1bit", options={"skip": (), "report": False})
+    with torch.no_grad(), torch._inductor.config.patch({setting: True}):
+        with pytest.warns(FQTWarning, match=f"{setting} is left off"):
+            made = step(x)
+        model[1].weight.neg_()
+        assert not torch.equal(step(x), made)
 
 
 def test_a_forked_child_answers():
