@@ -26,7 +26,7 @@ LAYERS = (_ConvNd, nn.Linear, nn.MultiheadAttention, nn.RNNBase)
 
 def model_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> nn.Module | None:
     """The model that the graph is, or is a part of; None if no module has its parameters."""
-    wanted = {id(example) for example in example_inputs if isinstance(example, nn.Parameter)}
+    wanted = {id(x) for x in _read(gm, example_inputs) if isinstance(x, nn.Parameter)}
     called = list(_called())
     compiled = [module for module in called if isinstance(module, OptimizedModule)]
     for module in (*compiled, *called, *_traced(gm)):
@@ -34,6 +34,11 @@ def model_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> nn.Module | N
         if isinstance(model, nn.Module) and any(id(parameter) in wanted for parameter in model.parameters()):
             return model
     return None
+
+
+def _read(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """What the graph reads: its inputs and, where Inductor is to freeze them, the parameters that it has itself."""
+    return [*example_inputs, *gm.parameters()]
 
 
 def _called() -> Iterator[nn.Module]:
@@ -95,7 +100,7 @@ def names_of(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
     )
     layers = layers_of(model)
     first, last = None, None
-    if layers and not _is_whole(layers, example_inputs):
+    if layers and not _is_whole(layers, _read(gm, example_inputs)):
         order = [_layer_name(path, layer) for path, layer in layers.items() if not isinstance(layer, nn.RNNBase)]
         first, last = (order[0], order[-1]) if order else (None, None)
     used = {module_key(str(key)) for node in gm.graph.nodes for key in node.meta.get(STACK) or ()}
@@ -128,9 +133,9 @@ def _layer_name(path: str, layer: nn.Module) -> str:
     return layer_name(f"{path}.{'in_proj_weight' if isinstance(layer, nn.MultiheadAttention) else 'weight'}".strip("."))
 
 
-def _is_whole(layers: dict[str, nn.Module], example_inputs: Sequence[Any]) -> bool:
+def _is_whole(layers: dict[str, nn.Module], inputs: Sequence[Any]) -> bool:
     """Does the graph read a parameter of every layer?"""
-    read = {id(x) for x in example_inputs if isinstance(x, torch.Tensor)}
+    read = {id(x) for x in inputs if isinstance(x, torch.Tensor)}
     return all(any(id(p) in read for p in layer.parameters()) for layer in layers.values())
 
 

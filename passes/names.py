@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from torch import fx
+from torch._functorch._aot_autograd.descriptors import ParamAOTInput
 
 STACK = "nn_module_stack"
 
@@ -45,7 +46,9 @@ class Names:
 
     def is_parameter(self, node: fx.Node) -> bool:
         """Is ``node`` a parameter of the model? Without names, every input of the graph may be one."""
-        return node.op == "placeholder" and (not self.parameters or bool(self._paths(node)))
+        if node.op != "placeholder":
+            return False
+        return not self.parameters or isinstance(node.meta.get("desc"), ParamAOTInput) or bool(self._paths(node))
 
     def _paths(self, node: fx.Node) -> tuple[str, ...]:
         position = getattr(node.meta.get("desc"), "idx", None)

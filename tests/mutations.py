@@ -6,7 +6,7 @@ Each fault is one replacement of text in a temporary copy of the tree, where the
 the sample of the grids that ``FQT_COMPILE_TEST_SEED`` chooses (``--seed``; several numbers: several days). A fault is
 caught when tests fail. Not part of `make test`: it takes some minutes. Exits with 1 if one is not caught.
 
-Last run: seed 1, AVX2 and portable kernels: 9 of 9 caught; the fault in a Triton template was not run.
+Last run: seed 1, AVX2 and portable kernels: 10 of 10 caught.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ MUTATIONS = [
         "quantize.py.jinja",
         "code = tl.where(used, code_of((v - z) * r, zero_code, uniform(index, seed, stream)), 0)",
         "code = code_of((v - z) * r, zero_code, uniform(index, seed, stream))",
-        ("tests/test_triton.py", "-k", "test_interpreter_equals_reference and quantize and not dequantize"),
+        ("tests/test_triton.py", "-k", "test_interpreter_equals_reference and codes"),
     ),
     Mutation(
         "rows chosen one BatchNorm too low (pass)",

@@ -214,6 +214,7 @@ def test_settings_under_which_nothing_packed_compiles_are_left_off(setting):
             made = step(x)
         model[1].weight.neg_()
         assert not torch.equal(step(x), made)
+    assert fqt_compile.status(step).packed == ["1", "3"]
 
 
 def test_a_forked_child_answers():
