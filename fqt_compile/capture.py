@@ -25,7 +25,7 @@ from .errors import CaptureError
 from .interpret import compile_interpreted
 from .notices import announce, notices
 from .origin import names_in_model
-from .passes.graph import describe, value
+from .passes.graph import copied, describe, value
 from .passes.names import Names
 from .passes.pipeline import ANALYSES, State, is_strict, run_pipeline
 from .passes.refusal import NotOptimized
@@ -150,7 +150,7 @@ class _Analysis(FQTPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         self.stages["captured"] = describe(graph)
-        target = graph if self.rewrite else _copy(graph)
+        target = graph if self.rewrite else copied(graph)
         self.state = run_pipeline(target, self.config, self.names, self.observe, self.steps)
         if not self.quiet:
             announce(notices(self.state))
@@ -183,14 +183,6 @@ class _Plan(_Analysis):
         self.steps = ANALYSES if is_strict(self.config) else None
         super().__call__(graph)
         raise _Planned
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    new = fx.Graph()
-    output: Any = new.graph_copy(graph, {}, return_output_node=True)
-    if output is not None:
-        new.output(output[0]).meta = copy.copy(output[1].meta)
-    return new
 
 
 def run_captured(

@@ -56,7 +56,7 @@ def _described(argument: Any) -> Any:
         return tuple((name, _described(item)) for name, item in argument.items())
     fake = argument.meta.get("val") if isinstance(argument, fx.Node) else None
     if isinstance(fake, torch.Tensor) and not _is_symbolic(fake):
-        return tuple(fake.shape), fake.stride(), fake.dtype, fake.device
+        return tuple(fake.shape), fake.stride(), fake.storage_offset(), fake.dtype, fake.device
     return type(argument), argument
 
 
@@ -66,7 +66,7 @@ def _is_symbolic(result: Any) -> bool:
         return any(map(_is_symbolic, result))
     if not isinstance(result, torch.Tensor):
         return isinstance(result, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return not all(isinstance(size, int) for size in (*result.shape, *result.stride()))
+    return not all(isinstance(size, int) for size in (*result.shape, *result.stride(), result.storage_offset()))
 
 
 @functools.cache

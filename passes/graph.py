@@ -147,8 +147,7 @@ class Snapshot:
     """A copy of a graph, with which it can be made again as it was."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.copy = fx.Graph()
-        _copy_nodes(graph, self.copy)
+        self.copy = copied(graph)
 
     def restore(self, graph: fx.Graph) -> None:
         """Put the copied nodes, under their old names, in place of the nodes of ``graph``."""
@@ -156,6 +155,13 @@ class Snapshot:
             graph.erase_node(node)
         graph._graph_namespace = type(graph._graph_namespace)()
         _copy_nodes(self.copy, graph)
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """The same nodes, under the same names, in a graph of their own."""
+    new = fx.Graph()
+    _copy_nodes(graph, new)
+    return new
 
 
 def _copy_nodes(source: fx.Graph, target: fx.Graph) -> None:

@@ -9,6 +9,8 @@ import torch
 import torchvision
 from support.graphs import captured
 from support.nets import SmallNet
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from fqt_compile.models import small_vgg
@@ -33,6 +35,23 @@ def described(fake: torch.Tensor) -> tuple[object, ...]:
 
 def storage(fake: torch.Tensor) -> int:
     return fake.untyped_storage()._cdata
+
+
+def test_views_of_one_shape_at_two_places_of_a_memory():
+    """Chunks of one projection: what is known of the first holds for the second but for the place."""
+    with FakeTensorMode() as mode:
+        x = torch.randn(4, 2, 6)
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    node.meta["val"] = x
+    output = graph.output(node)
+    at = emit.Emitter(graph, "test", emit.Known(mode)).at(output, "step")
+    aten = torch.ops.aten
+    for start in (0, 2, 4, 2):
+        chunk = at.call("chunk", aten.slice.Tensor, node, 2, start, start + 2)
+        turned = value(at.call("turned", aten.permute.default, chunk, [1, 0, 2]))
+        assert (value(chunk).storage_offset(), turned.storage_offset()) == (start, start)
+        assert storage(turned) == storage(x)
 
 
 @pytest.mark.parametrize("net", NETS)
