@@ -27,7 +27,7 @@ from .config import FQTConfig
 from .cumulative import make_traceable
 from .data_parallel import announce_hidden_blocks, keep_graphs_whole, tracing
 from .errors import ConfigError
-from .interpret import ReferenceInterpreter, TritonInterpreter, compile_interpreted
+from .interpret import SWITCHED_OFF, ReferenceInterpreter, TritonInterpreter, compile_interpreted
 from .kernels.cpu.codegen import find_compiler
 from .kernels.cpu.fork import survive_forks
 from .kernels.cpu.memory import excess, keep_freed_memory
@@ -170,13 +170,6 @@ def at_recompile_limit() -> list[str]:
         "float. Remedy: TORCH_LOGS=recompiles says what changes; dynamic=True, or a higher "
         "torch._dynamo.config.recompile_limit"
     ]
-
-
-SWITCHED_OFF = {
-    "freezing": "weights become constants, but their bits are made from the parameters in every call",
-    "cpp_wrapper": "its code cannot call packed operations",
-}
-"""Settings of Inductor under which graphs with packed operations do not compile, and why."""
 
 
 def _switched_off() -> list[str]:

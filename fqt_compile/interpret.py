@@ -14,6 +14,12 @@ from .kernels import gpu
 from .kernels.operations import OPERATIONS
 from .passes.batch_norm import decompositions
 
+SWITCHED_OFF = {
+    "freezing": "weights become constants, but their bits are made from the parameters in every call",
+    "cpp_wrapper": "its code cannot call packed operations",
+}
+"""Settings of Inductor under which graphs with packed operations do not compile, and why."""
+
 
 def compile_interpreted(
     gm: fx.GraphModule,
@@ -36,7 +42,7 @@ def compile_interpreted(
         return run
 
     # Cached artifacts must be Inductor's own; an interpreted graph is none.
-    patches = {"joint_custom_pre_pass": joint_pass, "fx_graph_cache": False}
+    patches = {"joint_custom_pre_pass": joint_pass, "fx_graph_cache": False, **dict.fromkeys(SWITCHED_OFF, False)}
     functorch = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with torch._functorch.config.patch(functorch):
         compiled: Any = compile_fx(

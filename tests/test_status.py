@@ -205,10 +205,12 @@ def _answer(step, x, queue):
         queue.put(float(step(x).sum()))
 
 
-@pytest.mark.parametrize("setting", sample.some("inductor", ["freezing", "cpp_wrapper"]))
-def test_settings_under_which_nothing_packed_compiles_are_left_off(setting):
+@pytest.mark.parametrize("setting", ["freezing", "cpp_wrapper"])
+@pytest.mark.parametrize("lowering", sample.some("lowerings left off", ["native", "eager"]))
+def test_settings_under_which_nothing_packed_compiles_are_left_off(setting, lowering):
     model, (x, _) = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), small_batch()
-    step = torch.compile(model, backend="fqt1bit", options={"skip": (), "report": False})
+    options = {"skip": (), "report": False, "lowering": lowering}
+    step = torch.compile(model, backend="fqt1bit", options=options)
     with torch.no_grad(), torch._inductor.config.patch({setting: True}):
         with pytest.warns(FQTWarning, match=f"{setting} is left off"):
             made = step(x)
