@@ -23,7 +23,7 @@ from torch._prims_common import is_contiguous_for_memory_format_or_false, is_con
 
 from . import inductor
 from .attention import keep_attention_visible
-from .config import FQTConfig
+from .config import SKIP_GROUPS, FQTConfig
 from .cumulative import make_traceable
 from .data_parallel import announce_hidden_blocks, keep_graphs_whole, tracing
 from .errors import ConfigError
@@ -33,7 +33,7 @@ from .kernels.cpu.fork import survive_forks
 from .kernels.cpu.memory import excess, keep_freed_memory
 from .kernels.gpu.launch import require_triton
 from .notices import graph_key, notices, recall, remember
-from .origin import model_of, names_of
+from .origin import guard_places, model_of, names_of
 from .passes.batch_norm import decompositions
 from .passes.names import Names
 from .passes.pipeline import PIPELINE, State, fuel_from_environment, is_strict, run_pipeline
@@ -125,7 +125,9 @@ def fqt1bit(
         raise ConfigError(f"unknown backend arguments {sorted(unknown)}; accepted: options")
     announce_hidden_blocks()
     model = model_of(gm, example_inputs)
-    joint_pass, record = FQTPass(config, names_of(gm, example_inputs, model)), record_of(model)
+    names = names_of(gm, example_inputs, model)
+    guard_places(gm, example_inputs, model, names, by_path=not set(config.skip) <= set(SKIP_GROUPS))
+    joint_pass, record = FQTPass(config, names), record_of(model)
     compiled = _compiled(gm, example_inputs, config, joint_pass)
     messages, status = joint_pass.messages or [], joint_pass.status
     if status is None:  # Inductor had it in its cache

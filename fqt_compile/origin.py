@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
+from torch._guards import TracingContext
 from torch.nn.modules.conv import _ConvNd
 
 from .data_parallel import tracing, unwrapped
@@ -112,6 +115,33 @@ def names_of(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
         tuple(_layer_name(path, layer) for path, layer in layers.items()),
         _base(modules),
     )
+
+
+PLACE, PATH = "_fqt_place", "_fqt_path"
+"""Attributes of a layer's parameters: ``first``, ``last`` or neither of them, and the layer's path in its model."""
+
+
+def guard_places(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | None, names: Names, by_path: bool
+) -> None:
+    """Let Dynamo use the graph of a part of a model only for layers about which is decided alike.
+
+    It runs one graph for all modules of a class whose tensors look alike: the first block's, whose first layer stays in
+    float, for all blocks, too. ``by_path``: an option names layers by their paths, so that each has its own graph.
+    """
+    if model is None or names.first is None or TracingContext.try_get() is None:
+        return
+    for path, layer in layers_of(model).items():
+        name = _layer_name(path, layer)
+        place = "first" if name == names.first else "last" if name == names.last else "between"
+        for parameter in layer.parameters():
+            setattr(parameter, PLACE, place)
+            setattr(parameter, PATH, name)
+    for node, x in zip(_inputs(gm), example_inputs, strict=False):
+        source = getattr(node, "_dynamo_source", None)
+        if source is not None and isinstance(x, nn.Parameter) and hasattr(x, PLACE):
+            for attribute in (PLACE, PATH)[: 1 + by_path]:
+                install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH))
 
 
 def _base(modules: dict[str, str]) -> str | None:
