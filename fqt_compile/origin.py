@@ -18,6 +18,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvNd
 
 from .data_parallel import tracing, unwrapped
@@ -114,7 +115,23 @@ def names_of(gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module
         last,
         tuple(_layer_name(path, layer) for path, layer in layers.items()),
         _base(modules),
+        _signed(gm) if first is not None else (),
     )
+
+
+def _signed(gm: fx.GraphModule) -> tuple[int, ...]:
+    """Positions of the graph inputs that have negative values in the call that is traced."""
+    scope = dict(zip("LG", traced_variables(), strict=True))
+    found = []
+    for position, node in enumerate(_inputs(gm)):
+        try:
+            seen = eval(_source(node), dict(scope))  # as Dynamo evaluates it for its guards
+        except Exception:  # a source that is no expression of the function's variables
+            continue
+        is_float = isinstance(seen, torch.Tensor) and not isinstance(seen, FakeTensor) and seen.is_floating_point()
+        if is_float and not isinstance(seen, nn.Parameter) and bool((seen.detach() < 0).any()):
+            found.append(position)
+    return tuple(found)
 
 
 PLACE, PATH = "_fqt_place", "_fqt_path"

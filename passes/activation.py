@@ -2,8 +2,8 @@
 
 The sign of a ReLU output says nothing (it is +1 everywhere), which is why unmodified networks need a second
 code. The proof is a walk up the graph with one rule per operator; what no rule covers is not proven. In a part of a
-model (graph breaks, blocks compiled one by one) what comes from the other parts may be a ReLU's output: the code is
-``threshold`` there, which serves any input, where ``sign`` would see nothing of such a one.
+model (graph breaks, blocks compiled one by one) what comes from the other parts may be a ReLU's output: if it had no
+negative value when the graph was captured, the code is ``threshold``, since ``sign`` would see nothing of such a one.
 """
 
 from __future__ import annotations
@@ -153,11 +153,12 @@ def activation(state: State) -> None:
 
 
 def _from_outside(state: State) -> list[fx.Node]:
-    """Inputs of a graph that is a part of a model: another part may have made them non-negative."""
+    """Inputs of a part of a model that another part may have made non-negative: no negative value was seen."""
     if state.names.first is None:
         return []
     inputs = [node for node in state.graph.nodes if node.op == "placeholder" and is_tensor(node)]
-    return [node for node in inputs if value(node).is_floating_point() and not state.names.is_parameter(node)]
+    known = (state.names.is_parameter, state.names.is_signed)
+    return [n for n in inputs if value(n).is_floating_point() and not any(is_known(n) for is_known in known)]
 
 
 def _choose(site: Site, config: FQTConfig, proven: NonNegativity, possible: NonNegativity) -> None:

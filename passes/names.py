@@ -19,6 +19,7 @@ class Names:
     tied), nothing for other inputs. modules: the path of a module by the key that Dynamo notes it under.
     first, last: the model's first and last layer, where the graph is a part of the model; None: the graph's own.
     layers: every layer of the model, in this graph or not. base: the module that was traced, inside of the model.
+    signed: positions of graph inputs that had negative values when a part of a model was captured.
     """
 
     parameters: tuple[tuple[str, ...], ...] = ()
@@ -27,6 +28,7 @@ class Names:
     last: str | None = None
     layers: tuple[str, ...] = ()
     base: str | None = None
+    signed: tuple[int, ...] = ()
 
     def of(self, output: fx.Node, weight: fx.Node) -> tuple[str, tuple[str, ...]]:
         """The name of the layer that computes ``output`` from ``weight``, and the other names of its weight.
@@ -42,13 +44,18 @@ class Names:
 
     def identity(self) -> tuple[object, ...]:
         """All that a rewritten graph depends on; the keys of modules differ from process to process."""
-        return self.parameters, tuple(self.modules.values()), self.first, self.last, self.layers, self.base
+        places = self.first, self.last, self.layers, self.base
+        return self.parameters, tuple(self.modules.values()), *places, self.signed
 
     def is_parameter(self, node: fx.Node) -> bool:
         """Is ``node`` a parameter of the model? Without names, every input of the graph may be one."""
         if node.op != "placeholder":
             return False
         return not self.parameters or isinstance(node.meta.get("desc"), ParamAOTInput) or bool(self._paths(node))
+
+    def is_signed(self, node: fx.Node) -> bool:
+        """Is ``node`` a graph input that was seen to have negative values?"""
+        return getattr(node.meta.get("desc"), "idx", None) in self.signed
 
     def _paths(self, node: fx.Node) -> tuple[str, ...]:
         position = getattr(node.meta.get("desc"), "idx", None)

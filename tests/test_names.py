@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fqt_compile
+from fqt_compile import backend
 from fqt_compile.errors import FQTWarning
+from fqt_compile.interpret import ReferenceInterpreter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*no convolution or linear layer of this graph is packed"),
@@ -138,3 +140,48 @@ def test_a_wrong_pattern_is_warned_of_once_for_a_model_of_several_graphs():
     with pytest.warns(FQTWarning) as said:
         step(torch.randn(16, 64)).sum().backward()
     assert len([w for w in said if "enc.bdoy.1" in str(w.message)]) == 1
+
+
+def equal_blocks(activation: type[nn.Module], **options: object) -> nn.Sequential:
+    """Blocks of equal shape, each compiled by itself."""
+    made = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), activation()) for _ in range(4)), nn.Linear(64, 10))
+    for block in made:
+        block.compile(backend="fqt1bit", options={"lowering": "eager", "report": False, **options})
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("skip", [("first", "last"), ("2.*", "4")], ids=str)
+def test_blocks_of_equal_shape_share_a_graph_only_if_the_same_is_decided(skip, monkeypatch):
+    """Dynamo would run the graph of the first block, whose layer stays in float, for all of them in evaluation."""
+    ran: list[str] = []
+    product = ReferenceInterpreter.operations["output_product"]
+    counted = {"output_product": lambda *args, **kwargs: (ran.append("packed"), product(*args, **kwargs))[1]}
+    monkeypatch.setattr(ReferenceInterpreter, "operations", {**ReferenceInterpreter.operations, **counted})
+    model, x = equal_blocks(nn.ReLU, skip=skip), torch.randn(8, 64)
+    for _ in range(2):
+        ran.clear()
+        output = model(x)
+        assert len(ran) == 3
+        output.sum().backward()  # computes some products again
+    with torch.no_grad():
+        for _ in range(2):
+            ran.clear()
+            model.eval()(x)
+            assert len(ran) == 3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(("activation", "code"), [(nn.ReLU, "threshold"), (nn.Tanh, "sign")])
+def test_codes_of_blocks_by_what_comes_from_outside(activation, code, monkeypatch):
+    codes: list[str | None] = []
+    run_pipeline = backend.run_pipeline
+
+    def noted(*args, **kwargs):
+        state = run_pipeline(*args, **kwargs)
+        codes.extend(site.activation for site in state.packed)
+        return state
+
+    monkeypatch.setattr(backend, "run_pipeline", noted)
+    equal_blocks(activation)(torch.randn(8, 64)).sum().backward()
+    assert codes == [code]
