@@ -23,7 +23,7 @@ from torch._prims_common import is_contiguous_for_memory_format_or_false, is_con
 
 from . import inductor
 from .attention import keep_attention_visible
-from .config import SKIP_GROUPS, FQTConfig
+from .config import FQTConfig
 from .cumulative import make_traceable
 from .data_parallel import announce_hidden_blocks, keep_graphs_whole, tracing
 from .errors import ConfigError
@@ -126,7 +126,7 @@ def fqt1bit(
     announce_hidden_blocks()
     model = model_of(gm, example_inputs)
     names = names_of(gm, example_inputs, model)
-    guard_places(gm, example_inputs, model, names, by_path=not set(config.skip) <= set(SKIP_GROUPS))
+    guard_places(gm, example_inputs, model, names, config.skip)
     joint_pass, record = FQTPass(config, names), record_of(model)
     compiled = _compiled(gm, example_inputs, config, joint_pass)
     messages, status = joint_pass.messages or [], joint_pass.status

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.conv import _ConvNd
 
+from .config import SKIP_GROUPS
 from .data_parallel import tracing, unwrapped
+from .passes.decide import is_named
 from .passes.names import STACK, Names, layer_name, module_key
 
 CALLS = frozenset({"_call_impl", "_wrapped_call_impl", "forward", "__call__"})
@@ -134,31 +137,32 @@ def _signed(gm: fx.GraphModule) -> tuple[int, ...]:
     return tuple(found)
 
 
-PLACE, PATH = "_fqt_place", "_fqt_path"
-"""Attributes of a layer's parameters: ``first``, ``last`` or neither of them, and the layer's path in its model."""
+PLACE = "_fqt_place"
+"""Attribute of a layer's parameters, with the options that name layers: what the decision depends on besides shapes."""
 
 
 def guard_places(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | None, names: Names, by_path: bool
+    gm: fx.GraphModule, example_inputs: Sequence[Any], model: nn.Module | None, names: Names, skip: Sequence[str]
 ) -> None:
     """Let Dynamo use the graph of a part of a model only for layers about which is decided alike.
 
     It runs one graph for all modules of a class whose tensors look alike: the first block's, whose first layer stays in
-    float, for all blocks, too. ``by_path``: an option names layers by their paths, so that each has its own graph.
+    float, for all blocks, too. ``skip``: the option, which may name layers.
     """
     if model is None or names.first is None or TracingContext.try_get() is None:
         return
+    patterns = [pattern for pattern in skip if pattern not in SKIP_GROUPS]
+    attribute = f"{PLACE}_{zlib.crc32(repr(patterns).encode())}"
     for path, layer in layers_of(model).items():
         name = _layer_name(path, layer)
         place = "first" if name == names.first else "last" if name == names.last else "between"
+        named = [pattern for pattern in patterns if is_named(name, pattern, names)]
         for parameter in layer.parameters():
-            setattr(parameter, PLACE, place)
-            setattr(parameter, PATH, name)
+            setattr(parameter, attribute, f"{place} {named}")
     for node, x in zip(_inputs(gm), example_inputs, strict=False):
         source = getattr(node, "_dynamo_source", None)
-        if source is not None and isinstance(x, nn.Parameter) and hasattr(x, PLACE):
-            for attribute in (PLACE, PATH)[: 1 + by_path]:
-                install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH))
+        if source is not None and isinstance(x, nn.Parameter) and hasattr(x, attribute):
+            install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH))
 
 
 def _base(modules: dict[str, str]) -> str | None:

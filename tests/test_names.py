@@ -159,16 +159,15 @@ def test_blocks_of_equal_shape_share_a_graph_only_if_the_same_is_decided(skip, m
     counted = {"output_product": lambda *args, **kwargs: (ran.append("packed"), product(*args, **kwargs))[1]}
     monkeypatch.setattr(ReferenceInterpreter, "operations", {**ReferenceInterpreter.operations, **counted})
     model, x = equal_blocks(nn.ReLU, skip=skip), torch.randn(8, 64)
-    for _ in range(2):
-        ran.clear()
-        output = model(x)
-        assert len(ran) == 3
-        output.sum().backward()  # computes some products again
-    with torch.no_grad():
-        for _ in range(2):
+    with torch._dynamo.config.patch(recompile_limit=16):
+        for mode in (True, False, True, False):
             ran.clear()
-            model.eval()(x)
+            with torch.set_grad_enabled(mode):
+                output = model.train(mode)(x)
             assert len(ran) == 3
+            if mode:
+                output.sum().backward()
+    assert len(fqt_compile.status(model).graphs) <= 8
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
