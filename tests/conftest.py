@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import math
 import os
 
 import pytest
@@ -21,6 +23,27 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--all"):
         os.environ[sample.ENVIRONMENT] = sample.ALL
     sample.seed()  # before workers are started, so that they have the same
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``rotates(n)``: one in n of a test's parametrizations a day, at least one; a test without any, one day in n."""
+    tests = collections.defaultdict(list)
+    for item in items:
+        tests[item.nodeid.split("[")[0]].append(item)
+    left_out = []
+    for name, each in tests.items():
+        marker = each[0].get_closest_marker("rotates")
+        if marker is None:
+            continue
+        (days,) = marker.args
+        if len(each) > 1:
+            chosen = sample.some(name, each, math.ceil(len(each) / days))
+        else:
+            chosen = each if sample.one_in(days, name) else []
+        left_out += [item for item in each if item not in chosen]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_report_header() -> str:

@@ -28,6 +28,7 @@ pytest.importorskip("matplotlib")
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("epochs", [1, 2, 5, 7])
 def test_resume_is_exact(settings, tmp_path, epochs):
     whole = finetune(again(settings, out=tmp_path / "whole"), quiet())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from support import processes
 from support.finetuning import TINY
 from torch._dynamo.exc import BackendCompilerFailed
 from typer.testing import CliRunner
@@ -187,8 +188,6 @@ def test_interrupt_names_the_remedy(fake_modules, monkeypatch):
 
 
 def test_module_runs_and_lists_its_commands():
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "fqt_compile.cli", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    result = processes.run(["-m", "fqt_compile.cli", "--help"], os.environ)
     for name in ("finetune", "explain", "compare", "bench"):
         assert name in result.stdout

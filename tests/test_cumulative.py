@@ -49,6 +49,7 @@ def assert_same_statistics(got: nn.Module, wanted: nn.Module) -> None:
         torch.testing.assert_close(dict(one.named_buffers()), dict(other.named_buffers()), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("make", [sequential, lambda: SmallNet(norm=True)], ids=["sequential", "small net"])
 def test_plain_compile_makes_one_graph(make):
     """Packed as with a number, with the same gradients, and the statistics are those of the definition, uncompiled."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import rank_worker, sample
+from support import processes, rank_worker, sample
 from support.nets import SmallNet, small_batch, step_gradients
 
 import fqt_compile
@@ -38,17 +38,16 @@ def run_ranks(cases: list[str], folder: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS)}
-    command = [sys.executable, rank_worker.__file__, str(folder), *cases]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [rank_worker.__file__, str(folder), *cases]
     environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
-    processes = [subprocess.Popen(command, env=environment, **pipes) for environment in environments]
+    started = [processes.Process(command, environment) for environment in environments]
     try:
-        outputs = [process.communicate(timeout=LIMIT)[0] for process in processes]
+        done = [process.wait(LIMIT) for process in started]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(text[-3000:] for text in outputs)
-    print(outputs[0])
+        for process in started:
+            process.process.kill()
+    assert [each.returncode for each in done] == [0] * RANKS, "\n".join(each.stderr[-3000:] for each in done)
+    print(done[0].stdout)
 
 
 @pytest.mark.slow
@@ -72,6 +71,7 @@ def compare_with_one_process(folder: Path) -> None:
         finetune(dataclasses.replace(settings, out=folder / "whole", resume=True), rank_worker.Console(quiet=True))
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.slow
 def test_finetune_by_torchrun(tmp_path):
     """The command itself: rank 0 writes and prints."""

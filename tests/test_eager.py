@@ -54,6 +54,7 @@ def assert_equal_steps(a, b) -> None:
             assert torch.equal(gradient, b[1][name]), name
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(
     ("options", "autocast"),
     [(mode, autocast) for mode in MODES for autocast in sample.some(str(mode), [False, True])],
@@ -275,6 +276,7 @@ class Broken(nn.Module):
         return self.head(torch.cat([self.third(second), first], 1))
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm1d])
 def test_every_graph_of_a_model_with_graph_breaks_is_a_step_of_its_own(norm):

@@ -14,6 +14,8 @@ from support.nets import SmallNet, small_batch, step_gradients
 from support.noise_nets import NETS, batches, trained, vgg_like
 from support.steps import interpreted
 from torch import nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import make_layers
 
 import fqt_compile
 from fqt_compile import FQTConfig, gradient_noise
@@ -28,6 +30,7 @@ LIMITS = {"group norm": 6.0}
 variance of unbiased sampling itself (with 8 bits instead of 4 it is the same)."""
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("track", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 def test_instance_norm_of_one_image_is_not_taken_for_batch_norm(affine, track):
@@ -44,7 +47,7 @@ def test_instance_norm_of_one_image_is_not_taken_for_batch_norm(affine, track):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sample.some("noise", list(NETS), 2))
+@pytest.mark.parametrize("name", sample.some("noise", list(NETS)))
 def test_gradients_are_nearly_unbiased_and_not_noisy(name):
     """Relative to the exact gradient's square, in every packed layer, a quarter of the rows kept. v1: 2 to 187."""
     noise = gradient_noise(trained(NETS[name], 60), batches(2), {}, 8)
@@ -214,6 +217,7 @@ def test_nets_without_batch_norm_are_unbiased(build):
 # -- where rows are chosen -------------------------------------------------------------------------------------
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize(
     ("cut", "where"), [("batch_norm", "where"), ("layer", "getitem"), ("output", "tangents")], ids=str
 )
@@ -223,6 +227,7 @@ def test_the_place_of_the_cut(cut, where):
     assert f"gradient is {where}" in graph.row_choice or f"enters: {where}" in graph.row_choice
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("options", [{}, {"cut": "output"}, {"batch_norm": "drop", "cut": "layer"}], ids=str)
 @pytest.mark.parametrize(
     "build",
@@ -257,14 +262,14 @@ def thresholds(model: nn.Module, x: torch.Tensor) -> dict[str, str | None]:
 
 
 def test_which_threshold_a_layer_has_and_that_evaluation_has_the_same():
-    resnet = torchvision.models.resnet18(num_classes=10)
+    resnet = torchvision.models.ResNet(BasicBlock, [2, 1, 1, 1], num_classes=10)
     of_resnet = thresholds(resnet, torch.randn(2, 3, 32, 32))
     assert of_resnet["layer1.0.conv1"] == "channel"  # behind BatchNorm, ReLU and a max-pool
     assert of_resnet["layer1.0.conv2"] == "channel"
     assert of_resnet["layer1.1.conv1"] == "sample"  # behind a sum
-    vgg = torchvision.models.vgg11_bn(num_classes=10)
+    vgg = torchvision.models.VGG(make_layers([64, "M", 128, "M"], batch_norm=True), num_classes=10)
     vgg.avgpool = nn.AdaptiveAvgPool2d(2)
-    for position, sizes in ((0, (512 * 4, 64)), (3, (64, 64)), (6, (64, 10))):
+    for position, sizes in ((0, (128 * 4, 64)), (3, (64, 64)), (6, (64, 10))):
         vgg.classifier[position] = nn.Linear(*sizes)
     of_vgg = thresholds(vgg, torch.randn(2, 3, 32, 32))
     assert set(of_vgg.values()) == {"channel", "sample"}
@@ -286,13 +291,14 @@ def trained_for_a_moment(model: nn.Module, step, size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sample.some("prediction", ["resnet18", "vgg11_bn"]))
+@pytest.mark.parametrize("name", sample.some("prediction", ["resnet", "vgg"]))
 def test_a_prediction_is_the_same_alone_in_any_batch_and_beside_outliers(name):
     torch.manual_seed(0)
     size = 32
-    model = getattr(torchvision.models, name)(num_classes=10)
-    if name == "vgg11_bn":
-        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 128), nn.ReLU())
+    model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
+    if name == "vgg":
+        model = torchvision.models.VGG(make_layers([64, "M", 128, "M", 256, "M"], batch_norm=True))
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(256, 128), nn.ReLU())
         model.classifier.extend([nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)])
     step = interpreted(model)
     trained_for_a_moment(model, step, size)

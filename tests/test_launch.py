@@ -12,12 +12,13 @@ import torch
 from support.equality import assert_same
 from support.grid import LAYERS, OPERATIONS, Layer, sampled
 from support.grid_calls import calls
-from support.nets import SmallNet, small_batch
+from support.nets import SmallNet, small_batch, step_gradients
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import fqt_compile
 from fqt_compile.errors import UnsupportedInputError
 from fqt_compile.kernels import cpu
 from fqt_compile.kernels.cpu import launch
@@ -50,6 +51,7 @@ def nhwc(t: Tensor) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 and t.dtype != torch.int64 else t
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("layer", sampled("", LAYERS), ids=str)
 def test_a_launch_is_the_operation(layer: Layer) -> None:
     done = set()
@@ -111,7 +113,13 @@ def test_compiled_code_launches_without_the_dispatcher() -> None:
 
 
 def test_shapes_not_known_beforehand_go_through_the_dispatcher() -> None:
-    compiled = torch.compile(SmallNet(), backend="fqt1bit", dynamic=True)
+    """Their gradients are those of eager FQT, for other sizes, too."""
+    model = SmallNet()
+    compiled, oracle = torch.compile(model, backend="fqt1bit", dynamic=True), fqt_compile.eager(model)
     with always_generated():
         _, codes = run_and_get_code(step, compiled, small_batch()[0])
     assert "= torch.ops.fqt.output_product.default(" in "\n".join(codes)
+    images, labels = small_batch(6, 12)
+    wanted, found = (step_gradients(call, images, labels)[1] for call in (oracle, compiled))
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name

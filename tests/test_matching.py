@@ -81,6 +81,7 @@ def decisions(model: nn.Module, x: torch.Tensor) -> dict[str, tuple[str, str]]:
 FROZEN = [("a",), ("c",), ("b.weight",), ("b.bias",), ("o", "i", "a.weight", "b", "c.weight")]
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(("kind", "frozen"), [*(("2d", names) for names in FROZEN), ("conv", ("b",))], ids=str)
 def test_layers_beside_frozen_ones(kind, frozen):
     net = Net(kind, siblings)
@@ -93,6 +94,7 @@ def test_layers_beside_frozen_ones(kind, frozen):
 MODES_OF = [*(("2d", mode) for mode in MODES[1:]), ("3d", {})]
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(("kind", "options"), MODES_OF, ids=str)
 def test_layers_beside_a_frozen_one_in_every_mode(kind, options):
     net = Net(kind, siblings)
@@ -116,6 +118,7 @@ SHARED: dict[str, Shared] = {
 }
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(("kind", "name"), [*(("2d", name) for name in SHARED), ("conv", "detached last")])
 def test_layers_used_twice(kind, name):
     assert largest_difference(Net(kind, SHARED[name]), *input_of(kind), {}) < 1e-5

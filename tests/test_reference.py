@@ -86,6 +86,7 @@ def dequantized(v, bits, grid, number=1):
     return codes, (codes - groups.level[:, None]) * groups.scale[:, None] + groups.center[:, None], groups
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("grid", [True, False])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_quantizer_is_unbiased_and_bounded(bits, grid):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import multiprocessing
-import subprocess
-import sys
+import os
 import textwrap
 import warnings
 
 import pytest
 import torch
-from support import sample
+from support import processes, sample
 from support.nets import SmallNet, small_batch
 from torch import nn
 
@@ -67,6 +66,7 @@ def test_one_line_is_logged_at_the_first_compilation(report, monkeypatch):
     assert lines == ["fqt1bit: SmallNet: 3 of 6 layers packed, 3 float by choice"] * report
 
 
+@pytest.mark.rotates(2)
 def test_a_cached_compilation_has_the_same_status(tmp_path):
     """In the next process Inductor has the graphs in its cache, and no pass runs."""
     script = textwrap.dedent(
@@ -80,13 +80,8 @@ def test_a_cached_compilation_has_the_same_status(tmp_path):
         print(fqt_compile.status(step))
         """
     )
-    import os
-
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    runs = [
-        subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
+    runs = [processes.run(["-c", script], environment) for _ in range(2)]
     assert runs[0].stdout == runs[1].stdout
     assert "1 of 3 layers packed, 2 float by choice" in runs[0].stdout
     assert "1 of 3 layers packed" in runs[1].stderr

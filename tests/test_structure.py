@@ -7,8 +7,6 @@ import graphlib
 import importlib
 import inspect
 import pkgutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -90,8 +88,3 @@ def test_public_names_stay_what_they_are_when_everything_is_imported():
     for name in ("compare", "eager", "explain", "fqt1bit", "gradient_noise", "load", "recalibrate", "save"):
         assert inspect.isfunction(getattr(fqt_compile, name)), name
     assert all(name in fqt_compile.__doc__ for name in fqt_compile.__all__)
-
-
-def test_import_gives_no_warning():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", "import fqt_compile"], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")

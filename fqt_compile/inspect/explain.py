@@ -79,8 +79,11 @@ class Report:
         html = path.suffix.lower() in (".html", ".htm")
         console = Console(file=io.StringIO(), width=200, record=True)
         console.print(self.render())
+        before = None
         for name, text in self.stages.items():
-            console.print(Panel(Syntax(text, "python", word_wrap=False), title=f"graph after pass: {name}"))
+            shown = "(unchanged)" if text == before else Syntax(text, "python", word_wrap=False)
+            console.print(Panel(shown, title=f"graph after pass: {name}"))
+            before = text
         for name, text in self.kernels.items():
             console.print(Panel(Syntax(text, "cpp"), title=f"kernel: {name}"))
         text = console.export_html() if html else console.export_text()

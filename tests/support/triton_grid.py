@@ -5,7 +5,7 @@ A script, since the interpreter is chosen before Triton is imported:
     TRITON_INTERPRET=1 python tests/support/triton_grid.py [operation ...] [--limit N] [--layers L ...] [--wide]
 
 Prints one line of JSON for every operation, strategy and layer. ``--limit``: about N argument lists of an operation on
-five layers of the day (`sample`), and more until every kernel has run; slow operations on the largest layers only where
+two layers of the day (`sample`), and more until every kernel has run; slow operations on the largest layers only where
 marked (0: all lists on all layers).
 ``--wide``: 64-bit offsets, as for tensors of more than 2**30 elements.
 """
@@ -41,15 +41,16 @@ triton_interpreter.interpreter_builder.options = dataclasses.replace(
 
 LARGE = ("3x3-large", "3x3-many-positions")
 """Layers whose products and pools take the interpreter ten times longer than all others together."""
-NEEDED = [(name, "3x3-many-positions") for name in ("grad_weight_product", "gradient_moments", "quantize_channels")]
-"""The only product that several programs add up to, each with several words, and several blocks of a sum: of the
-product, every day in another strategy."""
+SEVERAL_BLOCKS = ("grad_weight_product", "gradient_moments", "quantize_channels")
+NEEDED = [(name, "3x3-many-positions") for name in sample.some("several blocks", SEVERAL_BLOCKS)]
+"""The only product that several programs add up to, each with several words, and several blocks of a sum: one of them
+every day, and of the product in another strategy."""
 COMPLETE = ("linear", "3x3-odd-channels")
 """Layers whose argument lists launch every kernel."""
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
 PARTLY = ("grad_weight", "float_moments")
 """Operations whose kernels others have too: every third layer."""
-LAYERS_A_DAY = 5
+LAYERS_A_DAY = 2
 SLOW = (*PRODUCTS, *PARTLY, "max_pool_gradient", "gradient_moments", "quantize_channels")
 
 
