@@ -15,7 +15,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx, maybe_enable_thunkify
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .call import Call
 from .graph import (
@@ -79,6 +79,24 @@ def _memory(target: Any) -> str:
         return "new"
     is_view = target.is_view and len(schema.returns) == 1 and schema.arguments[0].alias_info is not None
     return "first" if is_view else "unknown"
+
+
+@functools.cache
+def _stream(target: Any) -> int | None:
+    """Place of the operand that says which numbers of its noise an operation takes: no result's description has it."""
+    names = [argument.name for argument in target._schema.arguments]
+    return names.index("stream") if "stream" in names else None
+
+
+def _key(node: fx.Node) -> Any:
+    """What the fake results of a call depend on; None where they are computed each time."""
+    target, args = operator_of(node), node.args
+    if _memory(target) == "unknown":
+        return None
+    stream = _stream(target)
+    if stream is not None and stream < len(args):
+        args = (*args[:stream], *args[stream + 1 :])
+    return target, _described(args), _described(node.kwargs)
 
 
 def _view(fake_mode: Any, like: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -198,8 +216,7 @@ class Insertion:
 
     def _fake_result(self, node: fx.Node) -> Any:
         """What a node returns of its operands' fake values; computed once for equal operands."""
-        known, target = self.emitter.known.results, operator_of(node)
-        key = None if _memory(target) == "unknown" else (target, _described(node.args), _described(node.kwargs))
+        known, key = self.emitter.known.results, _key(node)
         if key in known:
             return self._again(node, known[key])
         result = self._computed(node)
@@ -218,7 +235,8 @@ class Insertion:
             return _view(self.emitter.fake_mode, result, value(first(node)))
         if isinstance(result, torch.Tensor):
             return fresh(self.emitter.fake_mode, result)
-        return tree_map_only(torch.Tensor, functools.partial(fresh, self.emitter.fake_mode), result)
+        again = (fresh(self.emitter.fake_mode, item) if isinstance(item, torch.Tensor) else item for item in result)
+        return tuple(again)
 
     def _computed(self, node: fx.Node) -> Any:
         with self.emitter.fake_mode, maybe_enable_thunkify():
