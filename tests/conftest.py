@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import sample
 from support.finetuning import settings, uncompiled  # noqa: F401
+from torch._dynamo import guards
 
 from fqt_compile.passes.pipeline import STRICT_VARIABLE
 
@@ -22,6 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(STRICT_VARIABLE, "1")  # a pass that fails is a failure
     if config.getoption("--all"):
         os.environ[sample.ENVIRONMENT] = sample.ALL
+    guards.profile_guard_manager = lambda *arguments: 0.0  # Dynamo times them on a flushed cache: 30 ms a graph
     sample.seed()  # before workers are started, so that they have the same
 
 
