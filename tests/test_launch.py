@@ -119,6 +119,7 @@ def test_shapes_not_known_beforehand_go_through_the_dispatcher() -> None:
     with always_generated():
         _, codes = run_and_get_code(step, compiled, small_batch()[0])
     assert "= torch.ops.fqt.output_product.default(" in "\n".join(codes)
+    model.zero_grad()
     images, labels = small_batch(6, 12)
     wanted, found = (step_gradients(call, images, labels)[1] for call in (oracle, compiled))
     for name, gradient in wanted.items():
