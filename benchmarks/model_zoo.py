@@ -46,7 +46,7 @@ CLASSIFIERS: dict[str, tuple[int, dict[str, Any]]] = {
     "efficientnet_b0": (32, {}),
     "efficientnet_v2_s": (32, {}),
     "googlenet": (64, {"init_weights": False}),
-    "inception_v3": (128, {"init_weights": False}),
+    "inception_v3": (128, {"init_weights": False, "aux_logits": False}),
     "mnasnet0_5": (32, {}),
     "mobilenet_v2": (32, {}),
     "mobilenet_v3_large": (32, {}),

@@ -112,6 +112,7 @@ def test_compiled_code_launches_without_the_dispatcher() -> None:
     assert {"fqt::output_product", "fqt::grad_weight"} <= {event.name for event in profiler.events() or ()}
 
 
+@pytest.mark.rotates(2)
 def test_shapes_not_known_beforehand_go_through_the_dispatcher() -> None:
     """Their gradients are those of eager FQT, for other sizes, too."""
     model = SmallNet()
