@@ -26,9 +26,9 @@ from fqt_compile.kernels import noise, selection
 from fqt_compile.models import small_vgg
 
 LIMITS = {"group norm": 6.0, "depthwise": 3.4}
-"""Of the variance, where not 2.6. Group norm: without BatchNorm no mean is taken out of the kept rows, and what is left is
-the variance of unbiased sampling itself (with 8 bits instead of 4 it is the same). Depthwise: 2.3 with two threads, 2.7 with
-one; another order of sums trains another net."""
+"""Of the variance, where not 2.6. Group norm: without BatchNorm no mean is taken out of the kept rows, and what is left
+is the variance of unbiased sampling itself (with 8 bits instead of 4 it is the same). Depthwise: 2.3 with two threads,
+2.7 with one; another order of sums trains another net."""
 
 
 @pytest.mark.rotates(2)
