@@ -27,7 +27,7 @@ from fqt_compile.models import small_vgg
 
 LIMITS = {"group norm": 6.0, "depthwise": 3.4}
 """Of the variance, where not 2.6. Group norm: without BatchNorm no mean is taken out of the kept rows, and what is left
-is the variance of unbiased sampling itself (with 8 bits instead of 4 it is the same). Depthwise: 2.3 with two threads,
+is the variance of unbiased sampling itself (with 8 bits instead of 4 it is the same). Depthwise: 2.4 with two threads,
 2.7 with one; another order of sums trains another net."""
 
 
