@@ -6,9 +6,9 @@ Convolutions, linear layers, norms, activations, pools, residuals, branches, sha
 frozen parts, odd shapes, a batch of one, random options. `hypothesis` draws the networks, and makes one that fails
 smaller. A failure is a crash, or a gradient that differs by more than `TOLERANCE` of its norm: between two right
 computations float operations round differently, which moves a quantized code by one step in some of them. Where eager
-FQT differs as much from itself as soon as its parameters are rounded differently (a channel of integers whose mean is
-one of them is on a ReLU's corner behind BatchNorm: the last bit decides), the network says nothing; it is counted as
-``undecided``. Exits with 1 if a case fails. Needs ``pip install hypothesis``.
+FQT itself changes by more than a third of that as soon as its parameters move by their last bits (a channel of integers
+whose mean is one of them is on a ReLU's corner behind BatchNorm), the network says nothing; it is counted as
+``undecided``, and a fault could hide there. Exits with 1 if a case fails. Needs ``pip install hypothesis``.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def largest_of(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[flo
 
 
 def rounding_decides(model: nn.Module, x: Tensor, options: dict[str, Any], name: str) -> bool:
-    """Does eager FQT's gradient of ``name`` change by a part of the tolerance with the last bits of the parameters?"""
+    """Does eager FQT's gradient of ``name`` change by a third of the tolerance with the last bits of the parameters?"""
     eager = fqt_compile.eager(model, options)
     step(eager, model, x, 0)
     as_drawn = {name: step(eager, model, x, 1)[name]}

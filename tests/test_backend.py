@@ -181,7 +181,7 @@ def test_nan_in_an_activation_is_announced_and_can_raise():
     with pytest.warns(FQTWarning, match="NaN or infinite values reached a packed layer"):
         interpreted(model)(x)
     with pytest.raises(NonFiniteError, match=r"conv1 \(input\)"):
-        interpreted(model, check_finite=True)(x)
+        compiled(model, check_finite=True)(x)  # Inductor must not take out what nobody reads
 
 
 def test_nan_in_a_gradient_reaches_the_parameters():
@@ -289,7 +289,7 @@ def test_graph_breaks_and_activation_checkpointing():
             return self.fc2(self.act(self.fc1(nn.functional.adaptive_avg_pool2d(self.conv2(h), 2).flatten(1))))
 
     x, y = small_batch()
-    step = compiled(Broken(), skip=[], lowering="eager")
+    step = compiled(Broken(), skip=[], lowering="native" if sample.one_in(3, "graph breaks by Inductor") else "eager")
     loss, gradients = step_gradients(step, x, y)
     assert {"conv1", "conv2"} <= set(fqt_compile.status(step).packed)
     assert fqt_compile.status(step).float["stem"].startswith("narrow")

@@ -81,7 +81,6 @@ def decisions(model: nn.Module, x: torch.Tensor) -> dict[str, tuple[str, str]]:
 FROZEN = [("a",), ("c",), ("b.weight",), ("b.bias",), ("o", "i", "a.weight", "b", "c.weight")]
 
 
-@pytest.mark.rotates(2)
 @pytest.mark.parametrize(("kind", "frozen"), [*(("2d", names) for names in FROZEN), ("conv", ("b",))], ids=str)
 def test_layers_beside_frozen_ones(kind, frozen):
     net = Net(kind, siblings)
@@ -118,7 +117,6 @@ SHARED: dict[str, Shared] = {
 }
 
 
-@pytest.mark.rotates(2)
 @pytest.mark.parametrize(("kind", "name"), [*(("2d", name) for name in SHARED), ("conv", "detached last")])
 def test_layers_used_twice(kind, name):
     assert largest_difference(Net(kind, SHARED[name]), *input_of(kind), {}) < 1e-5

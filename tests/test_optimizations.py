@@ -192,7 +192,6 @@ REVIEWED = [
 ]
 
 
-@pytest.mark.rotates(2)
 @pytest.mark.parametrize(("function", "width"), sample.some("reviewed", REVIEWED, 3))
 def test_what_a_review_found_wrong_equals_eager(function, width):
     torch.manual_seed(3)
