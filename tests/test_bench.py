@@ -328,6 +328,7 @@ def test_phases_add_up_and_inner_events_count_once():
     assert seconds[phases.OVERHEAD] == pytest.approx(450e-6)
 
 
+@pytest.mark.rotates(2)
 def test_phases_of_a_real_step():
     def make_step():
         settings = BenchSettings(model=TINY, batch=4, size=8)

@@ -80,6 +80,7 @@ def test_plain_compile_makes_one_graph(make):
     torch.testing.assert_close(output, with_number.eval()(x))
 
 
+@pytest.mark.rotates(2)
 def test_layers_are_found_under_the_same_names():
     reports = [fqt_compile.explain(m, small_batch()[0]) for m in (SmallNet(norm=True), cumulative(SmallNet(norm=True)))]
     assert [site.name for site in reports[0].sites] == ["stem", "conv1", "conv2", "down", "fc1", "fc2"]
@@ -128,6 +129,7 @@ def test_without_statistics():
     assert torch.equal(compiled.eval()(x), model(x))
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_number_is_not_affected(backend, monkeypatch):
     """The same bits as in a process without `make_traceable`."""

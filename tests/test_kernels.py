@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+def isas(operation: str) -> list[str]:
+    """The best instruction set, which models run, and each day one half of the others."""
+    best, *others = cpu.supported_isas()
+    return [best, *sample.turn(2, OPERATIONS.index(operation) if operation in OPERATIONS else 0, others)]
+
+
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -38,13 +45,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def cases(operations: list[str], layers: list[Layer]) -> list[Any]:
-    """Operation, layer and number of threads: the sample of the day, or all."""
+    """Instruction set, operation, layer and number of threads: the sample of the day, or all."""
     made = []
     for operation in operations:
-        for layer in sampled(operation, layers):
+        for isa, layer in itertools.product(isas(operation), sampled(operation, layers)):
             name = f"{operation}-{layer.name}"
             for count in (1, 2) if sample.everything() else [sample.pick(name, (1, 2))]:
-                made.append(pytest.param(operation, layer, count, id=f"{name}-{count}"))
+                made.append(pytest.param(isa, operation, layer, count, id=f"{isa}-{name}-{count}"))
     return made
 
 
@@ -53,7 +60,9 @@ def test_every_reference_operation_is_native() -> None:
     assert sorted(calls(LAYERS[0])) == sorted(OPERATIONS)
 
 
-@pytest.mark.parametrize(("operation", "layer", "threads"), cases(OPERATIONS, LAYERS), indirect=["threads"])
+@pytest.mark.parametrize(
+    ("isa", "operation", "layer", "threads"), cases(OPERATIONS, LAYERS), indirect=["isa", "threads"]
+)
 def test_equals_reference(operation: str, layer: Layer, isa: str, threads: int) -> None:
     for number, arguments in enumerate(calls(layer)[operation]):
         actual = cpu.OPERATIONS[operation](*arguments)
@@ -67,7 +76,9 @@ def _wide(layer: Layer) -> list[tuple[str, Call, Any]]:
     return [(operation, args, REFERENCE[operation](*args)) for operation, made in each for args in made]
 
 
-@pytest.mark.parametrize(("products", "layer", "threads"), cases(["products"], WIDE), indirect=["threads"])
+@pytest.mark.parametrize(
+    ("isa", "products", "layer", "threads"), cases(["products"], WIDE), indirect=["isa", "threads"]
+)
 def test_wide_products_equal_reference(products: str, layer: Layer, isa: str, threads: int) -> None:
     for number, (operation, args, wanted) in enumerate(_wide(layer)):
         assert_same(cpu.OPERATIONS[operation](*args), wanted, f"{operation}, {products[:-1]} {number}")

@@ -51,6 +51,7 @@ def nhwc(t: Tensor) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 and t.dtype != torch.int64 else t
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.rotates(2)
 @pytest.mark.parametrize("layer", sampled("", LAYERS), ids=str)
 def test_a_launch_is_the_operation(layer: Layer) -> None:
@@ -98,6 +99,7 @@ def step(model: nn.Module, x: Tensor) -> None:
     model(x).square().mean().backward()
 
 
+@pytest.mark.rotates(2)
 def test_compiled_code_launches_without_the_dispatcher() -> None:
     compiled = torch.compile(SmallNet(norm=True), backend="fqt1bit")
     x, _ = small_batch()
@@ -112,10 +114,11 @@ def test_compiled_code_launches_without_the_dispatcher() -> None:
     assert {"fqt::output_product", "fqt::grad_weight"} <= {event.name for event in profiler.events() or ()}
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_shapes_not_known_beforehand_go_through_the_dispatcher() -> None:
     """Their gradients are those of eager FQT, for other sizes, too."""
-    model = SmallNet()
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     compiled, oracle = torch.compile(model, backend="fqt1bit", dynamic=True), fqt_compile.eager(model)
     with always_generated():
         _, codes = run_and_get_code(step, compiled, small_batch()[0])

@@ -318,6 +318,7 @@ def test_operands_by_name():
     assert not takes(g, "rows")
 
 
+@pytest.mark.rotates(2)
 def test_a_gradient_scheme_is_one_class_and_one_entry(monkeypatch):
     """The toy scheme scales exact gradients by a power of two and back: not a bit may differ from them."""
 
@@ -353,6 +354,7 @@ def test_fuel_bisects(monkeypatch):
         pipeline.fuel_from_environment()
 
 
+@pytest.mark.rotates(2)
 def test_report(tmp_path, monkeypatch):
     model = SmallNet()
     model.spare = nn.Linear(64, 64)

@@ -40,3 +40,13 @@ def test_all_is_everything_and_a_seed_can_be_repeated(monkeypatch):
     monkeypatch.setenv(sample.ENVIRONMENT, "7")
     assert sample.number("a name") == sample.number("a name")
     assert sum(sample.one_in(4, str(i)) for i in range(4000)) == pytest.approx(1000, rel=0.1)
+
+
+@pytest.mark.parametrize("items", [["alone"], ["a", "b", "c"], list(range(7))], ids=len)
+def test_days_in_a_row_have_everything(items, monkeypatch):
+    for days in (2, 3):
+        seen = []
+        for day in range(20261128, 20261128 + days):
+            monkeypatch.setenv(sample.ENVIRONMENT, str(day))
+            seen += sample.turn(days, 5, items)
+        assert sorted(seen) == sorted(items)

@@ -206,6 +206,7 @@ OF_OPTIMIZED_GRAPHS = {
 }
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.slow
 def test_whole_model_equals_the_oracle(record_property):
     runs = [json.loads(line) for line in run_interpreted("-c", WHOLE_MODEL).splitlines()]

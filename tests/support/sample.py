@@ -51,3 +51,9 @@ def some(name: str, items: Sequence[T], count: int = 1) -> Sequence[T]:
 def one_in(count: int, name: str) -> bool:
     """Is ``name`` of the part that this run tests?"""
     return everything() or number(name) % count == 0
+
+
+def turn(days: int, first: int, items: Sequence[T]) -> list[T]:
+    """Every ``days``-th of the items from ``first`` on, others on the next days: all in ``days`` days in a row."""
+    day = int(seed()) if seed().isdecimal() else number("day")
+    return [item for i, item in enumerate(items) if everything() or (first + day + i) % days == 0]

@@ -41,10 +41,10 @@ triton_interpreter.interpreter_builder.options = dataclasses.replace(
 
 LARGE = ("3x3-large", "3x3-many-positions")
 """Layers whose products and pools take the interpreter ten times longer than all others together."""
-SEVERAL_BLOCKS = ("grad_weight_product", "gradient_moments", "quantize_channels")
+SEVERAL_BLOCKS = ("grad_weight_product", *("gradient_moments", "quantize_channels") * 2)
 NEEDED = [(name, "3x3-many-positions") for name in sample.some("several blocks", SEVERAL_BLOCKS)]
-"""The only product that several programs add up to, each with several words, and several blocks of a sum: one of them
-every day, and of the product in another strategy."""
+"""The only product that several programs add up to, each with several words (half a minute: one day in five, in one of
+the strategies), and several blocks of a sum: one of them every day."""
 COMPLETE = ("linear", "3x3-odd-channels")
 """Layers whose argument lists launch every kernel."""
 PRODUCTS = ("output_product", "grad_input_product", "grad_weight_product")
