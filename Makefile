@@ -17,14 +17,14 @@ $(STAMP): pyproject.toml
 demo: setup
 	$(BIN)/fqt1bit finetune --out runs/demo --overwrite
 
-# Two workers with two threads each: idle threads sleep instead of spinning on the other worker's core.
+# Two workers; where tests use more threads than one, idle ones sleep instead of spinning on the other worker's core.
 PYTEST := OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Everything but the large grids, of which each day tests another sample; FQT_COMPILE_TEST_SEED=... repeats one.
+# Of the large grids, and of tests that take long, each day runs another sample; FQT_COMPILE_TEST_SEED=... repeats one.
 test: setup
-	$(PYTEST)
+	$(PYTEST) $(ARGS)
 
-# The whole grids, too.
+# All of them.
 test-all: setup
 	$(PYTEST) --all
 

@@ -17,6 +17,7 @@ from fqt_compile.passes.pipeline import STRICT_VARIABLE
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the whole grids, not the sample of the day (make test-all)")
+    parser.addoption("--days", type=int, default=1, help="tests that take turns: those of so many days (.ci/run: 3)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """``rotates(n)``: one in n of a test's parametrizations a day; a test without any, every n-th day.
 
-    In turn, so that no day has all of the dear ones. Tests that are asked for by name (``file::test``) run.
+    In turn, so that no day has all of the dear ones. Tests that are asked for by name (``file::test``) run on any day.
     """
     if any("::" in argument for argument in config.args):
         return
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set()
     for first, (_, each) in enumerate(sorted(rotating.items())):
         (days,) = each[0].get_closest_marker("rotates").args
-        left_out |= set(each) - set(sample.turn(days, first, each))
+        left_out |= set(each) - set(sample.turn(days, first, each, config.getoption("--days")))
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]

@@ -260,7 +260,7 @@ def test_variants_take_turns_and_a_later_failure_leaves_one_out(monkeypatch):
     assert all(len(step["all_s"]) == 3 for step in figures["steps"].values())
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(4)
 def test_processes_take_turns_answer_and_say_why_they_ended():
     settings = BenchSettings(model=TINY, batch=2, size=8)
     memory = measure.ask_worker("memory", settings, "eager float32", ALLOCATORS["tuned"])
@@ -328,7 +328,7 @@ def test_phases_add_up_and_inner_events_count_once():
     assert seconds[phases.OVERHEAD] == pytest.approx(450e-6)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_phases_of_a_real_step():
     def make_step():
         settings = BenchSettings(model=TINY, batch=4, size=8)

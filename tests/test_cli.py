@@ -187,7 +187,7 @@ def test_interrupt_names_the_remedy(fake_modules, monkeypatch):
     assert (result.exit_code, result.stderr.count("--resume")) == (130, 1)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_module_runs_and_lists_its_commands():
     result = processes.run(["-m", "fqt_compile.cli", "--help"], os.environ)
     for name in ("finetune", "explain", "compare", "bench"):

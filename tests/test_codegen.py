@@ -57,6 +57,7 @@ def test_cache_is_private_and_readable(cache: Path) -> None:
     assert "{%" not in source
 
 
+@pytest.mark.rotates(2)
 def test_concurrent_processes_build_one_library(cache: Path) -> None:
     started = [processes.Process(["-c", BUILD], os.environ) for _ in range(2)]
     assert [process.wait(120).returncode for process in started] == [0, 0]
@@ -73,7 +74,7 @@ def test_concurrent_threads_load_one_library(cache: Path) -> None:
     assert len(codegen._libraries) == len(libraries(cache)) == 1
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(4)
 @pytest.mark.parametrize("keep", [0, 100, 5000])
 def test_truncated_library_is_rebuilt(cache: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
     with cpu.force_isa("portable"):

@@ -70,7 +70,7 @@ def test_compaction_and_fusion_equal_eager_fqt(net):
 WHOLE = [{"keep": 1}, {"scope": "layer"}, {"prune": "bernoulli"}]
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(4)
 @pytest.mark.parametrize(("net", "options"), [(net, o) for net in NETS for o in sample.some(net, WHOLE)], ids=str)
 def test_fusion_without_compaction_equals_eager_fqt(net, options):
     torch.manual_seed(3)

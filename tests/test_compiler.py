@@ -67,7 +67,7 @@ def has_threads(library: Path) -> bool:
 # -- the compiler ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("call", [0, 1], ids=["asking for threads", "compiling a kernel"])
 @pytest.mark.parametrize(
     "end",

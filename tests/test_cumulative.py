@@ -49,7 +49,7 @@ def assert_same_statistics(got: nn.Module, wanted: nn.Module) -> None:
         torch.testing.assert_close(dict(one.named_buffers()), dict(other.named_buffers()), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("make", [sequential, lambda: SmallNet(norm=True)], ids=["sequential", "small net"])
 def test_plain_compile_makes_one_graph(make):
     """Packed as with a number, with the same gradients, and the statistics are those of the definition, uncompiled."""
@@ -80,7 +80,7 @@ def test_plain_compile_makes_one_graph(make):
     torch.testing.assert_close(output, with_number.eval()(x))
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_layers_are_found_under_the_same_names():
     reports = [fqt_compile.explain(m, small_batch()[0]) for m in (SmallNet(norm=True), cumulative(SmallNet(norm=True)))]
     assert [site.name for site in reports[0].sites] == ["stem", "conv1", "conv2", "down", "fc1", "fc2"]
@@ -129,7 +129,7 @@ def test_without_statistics():
     assert torch.equal(compiled.eval()(x), model(x))
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_number_is_not_affected(backend, monkeypatch):
     """The same bits as in a process without `make_traceable`."""

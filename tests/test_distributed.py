@@ -50,6 +50,7 @@ def run_ranks(cases: list[str], folder: Path) -> None:
     print(done[0].stdout)
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
     """The cases in one pair of processes, which takes as long to start as any of them."""
@@ -73,7 +74,7 @@ def compare_with_one_process(folder: Path) -> None:
         finetune(dataclasses.replace(settings, out=folder / "whole", resume=True), rank_worker.Console(quiet=True))
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(4)
 @pytest.mark.slow
 def test_finetune_by_torchrun(tmp_path):
     """The command itself: rank 0 writes and prints."""

@@ -54,6 +54,7 @@ def test_views_of_one_shape_at_two_places_of_a_memory():
         assert storage(turned) == storage(x)
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("net", NETS)
 def test_known_results_are_what_would_be_computed(net, monkeypatch):
     again, seen, used = emit.Insertion._again, collections.Counter(), set()

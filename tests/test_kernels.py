@@ -31,9 +31,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def isas(operation: str) -> list[str]:
-    """The best instruction set, which models run, and each day one half of the others."""
+    """The best instruction set, which models run, and each day a third of the others."""
     best, *others = cpu.supported_isas()
-    return [best, *sample.turn(2, OPERATIONS.index(operation) if operation in OPERATIONS else 0, others)]
+    return [best, *sample.turn(3, OPERATIONS.index(operation) if operation in OPERATIONS else 0, others)]
 
 
 @pytest.fixture

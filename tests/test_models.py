@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import sample
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +31,9 @@ def steps(sweep):
     return sys.modules["model_steps"]
 
 
+@pytest.mark.rotates(20)
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sample.some("models of the sweep", REPRESENTATIVES))
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_the_oracle_is_the_definition(sweep, steps, name):
     (case,) = [case for case in sweep.all_cases() if case.name == f"torchvision/{name}"]
     measurement = steps.Measurement(case, "oracle", lambda record: None)

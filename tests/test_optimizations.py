@@ -34,7 +34,7 @@ def test_vgg_has_no_float_activation_between_packed_layers():
     assert after["fqt.activation_threshold"] == after["fqt.weight_gradient"] == 0
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(4)
 @pytest.mark.parametrize("options", [{}, {"keep": 1}, {"scope": "layer"}], ids=str)
 def test_programs_fold_batch_norm_and_pool(options):
     graph = captured_once("vgg", **options)
@@ -77,7 +77,7 @@ def test_what_sums_pools_and_pointwise_operators_read_is_not_written():
         assert pools == ["full,channel,channel|t0=mul(x0,x1)|t1=add(t0,x2)|t2=relu(t1)"] * 2
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_values_of_windows_that_overlap_and_of_several_tensors_are_written():
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -102,7 +102,7 @@ def test_values_of_windows_that_overlap_and_of_several_tensors_are_written():
     assert programs_of(graph, "gradient_moments") == ["full,full"] * 2  # two gradients meet behind both additions
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_a_relu_inside_the_mask_of_its_packing_is_masked_once():
     packed, relus = 4, 5
     for x in (images(), images().contiguous(memory_format=torch.channels_last)):
@@ -245,7 +245,7 @@ def test_explain_says_what_was_optimized():
     assert all("t2 = t1 <= 0 ? 0.0f : t1" in source for source in programs)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_explain_says_what_was_not_optimized_and_why():
     """One line for a reason, with the layers that it holds for."""
     text = str(explain(PreActivation(), images(8)))
@@ -258,7 +258,7 @@ def test_explain_says_what_was_not_optimized_and_why():
     assert not [line for line in explain(small_vgg(10), images()).optimizations if line.startswith("not optimized")]
 
 
-@pytest.mark.rotates(4)
+@pytest.mark.rotates(6)
 @pytest.mark.parametrize("network", ["small_vgg", "SmallNet"])
 def test_autocast_with_max_pooling_and_skips(network):
     model, x, y = (small_vgg(10) if network == "small_vgg" else SmallNet(norm=True)), *small_batch(BATCH, 16)

@@ -28,7 +28,7 @@ NEEDED = (
 )
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_no_import_is_needed():
     code = """
 import torch
@@ -42,7 +42,7 @@ step(torch.randn(4, 64)).sum().backward()
     assert "fqt1bit" in torch._dynamo.list_backends()
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_import_is_quiet_compiles_nothing_and_needs_no_triton(tmp_path):
     code = """
 import sys
@@ -62,7 +62,7 @@ except TritonMissingError as error:
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.slow
 def test_sdist_and_wheel_are_complete_and_importable(tmp_path):
     build = [

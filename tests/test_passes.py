@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 import torchvision
-from support import sample
 from support.graphs import operations, sites_of
 from support.nets import SmallNet, small_batch, step_gradients
 from torch import nn
@@ -57,7 +56,8 @@ PER_PACKED_SITE = {
 }
 
 
-@pytest.mark.parametrize("name", sample.some("whole models", list(MODELS)))
+@pytest.mark.rotates(8)
+@pytest.mark.parametrize("name", list(MODELS))
 def test_operations_of_whole_models(name):
     build, shape, sites, packed, code = MODELS[name]
     (graph,) = capture(build(), (torch.randn(shape),), {}, FQTConfig())
@@ -318,7 +318,7 @@ def test_operands_by_name():
     assert not takes(g, "rows")
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_a_gradient_scheme_is_one_class_and_one_entry(monkeypatch):
     """The toy scheme scales exact gradients by a power of two and back: not a bit may differ from them."""
 
@@ -354,7 +354,7 @@ def test_fuel_bisects(monkeypatch):
         pipeline.fuel_from_environment()
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_report(tmp_path, monkeypatch):
     model = SmallNet()
     model.spare = nn.Linear(64, 64)

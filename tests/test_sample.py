@@ -49,4 +49,4 @@ def test_days_in_a_row_have_everything(items, monkeypatch):
         for day in range(20261128, 20261128 + days):
             monkeypatch.setenv(sample.ENVIRONMENT, str(day))
             seen += sample.turn(days, 5, items)
-        assert sorted(seen) == sorted(items)
+        assert sorted(seen) == sorted(items) == sample.turn(days, 5, items, in_a_row=days)

@@ -18,7 +18,7 @@ from fqt_compile.backend import layout_patches
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
-@pytest.mark.rotates(4)
+@pytest.mark.rotates(6)
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_dynamic_batch_and_memory_formats(memory_format):
     model = SmallNet()
@@ -31,7 +31,7 @@ def test_dynamic_batch_and_memory_formats(memory_format):
             assert (native[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), (batch, name)
 
 
-@pytest.mark.rotates(4)
+@pytest.mark.rotates(6)
 @pytest.mark.parametrize("scope", ["step", "layer"])
 def test_fully_dynamic_shapes(scope):
     """By the reference; what Inductor makes of it: tests/test_launch.py."""
@@ -61,7 +61,7 @@ def test_channels_last_weights_get_channels_last_gradients():
     assert model.conv1.weight.grad.stride() == model.conv1.weight.stride()
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_packed_words_are_not_taken_for_images():
     net = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1),
@@ -114,7 +114,7 @@ def test_the_layout_is_left_to_inductor_unless_all_convolutions_read_channels_la
         assert found.pop() == expected, (model, x.stride())
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("dtype", [*sample.some("half", [torch.bfloat16, torch.float16]), torch.float64])
 def test_other_dtypes(dtype):
     """bfloat16 and float16 are computed; float64 runs in float, with a warning that says so."""
@@ -144,7 +144,7 @@ def test_autocast_packs_every_site():
     assert model.conv1.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex")
 def test_integer_and_complex_models_run_in_float_around_the_packed_layers():
     embedding = nn.Sequential(nn.Embedding(11, 64), nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -164,7 +164,7 @@ def test_empty_batch_runs_in_float():
     assert output.shape == (0, 64, 4, 4)
 
 
-@pytest.mark.rotates(4)
+@pytest.mark.rotates(6)
 @pytest.mark.parametrize("lowering", ["native", "eager"])
 def test_pooling_under_autocast(lowering):
     """The backward of pooling views a bfloat16 gradient as rows, which its NHWC replacement cannot be viewed as."""

@@ -66,7 +66,7 @@ def test_one_line_is_logged_at_the_first_compilation(report, monkeypatch):
     assert lines == ["fqt1bit: SmallNet: 3 of 6 layers packed, 3 float by choice"] * report
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(4)
 def test_a_cached_compilation_has_the_same_status(tmp_path):
     """In the next process Inductor has the graphs in its cache, and no pass runs."""
     script = textwrap.dedent(

@@ -64,6 +64,7 @@ def test_every_reference_operation_has_a_gpu_kernel():
 # -- in the interpreter ----------------------------------------------------------------------------------
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_interpreter_equals_reference(group, record_property):
@@ -80,7 +81,7 @@ def test_interpreter_equals_reference(group, record_property):
         record_property(COVERED, f"interpreter | {operation} ({strategy}) | {', '.join(kernels)} | {shapes}")
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.slow
 def test_offsets_of_64_bits(record_property):
     """What tensors of more than 2**30 elements use."""
@@ -152,7 +153,7 @@ for name, text in texts.items():
 """
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.slow
 def test_every_statement_of_programs_on_special_values_and_the_epilogue_of_the_output_product(record_property):
     lines = run_interpreted("-c", EVERY_STATEMENT + SCALED_OUTPUT).splitlines()
@@ -206,7 +207,7 @@ OF_OPTIMIZED_GRAPHS = {
 }
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(4)
 @pytest.mark.slow
 def test_whole_model_equals_the_oracle(record_property):
     runs = [json.loads(line) for line in run_interpreted("-c", WHOLE_MODEL).splitlines()]

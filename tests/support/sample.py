@@ -53,7 +53,7 @@ def one_in(count: int, name: str) -> bool:
     return everything() or number(name) % count == 0
 
 
-def turn(days: int, first: int, items: Sequence[T]) -> list[T]:
-    """Every ``days``-th of the items from ``first`` on, others on the next days: all in ``days`` days in a row."""
+def turn(days: int, first: int, items: Sequence[T], in_a_row: int = 1) -> list[T]:
+    """Every ``days``-th of the items, others on the next days: all in ``days`` days in a row; what so many have."""
     day = int(seed()) if seed().isdecimal() else number("day")
-    return [item for i, item in enumerate(items) if everything() or (first + day + i) % days == 0]
+    return [item for i, item in enumerate(items) if everything() or (first + day + i) % days < in_a_row]
