@@ -38,9 +38,10 @@ def test_native_equals_the_oracle(options):
     torch._dynamo.reset()
     oracle = step_gradients(compiled(model, **options, lowering="eager"), x, y)
     assert native[0] == pytest.approx(oracle[0], rel=1e-6)
+    zero = 1e-6 * max(gradient.abs().max() for gradient in oracle[1].values())
     for name, gradient in oracle[1].items():
         # A bias in front of a BatchNorm has the gradient 0, up to rounding.
-        assert (native[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + 1e-7, name
+        assert (native[1][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max() + zero, name
 
 
 def resnet() -> nn.Module:
