@@ -38,6 +38,12 @@ def notices(state: State) -> list[str]:
     if unmatched:
         names = ", ".join(state.names.layers or [site.name for site in state.sites])
         messages.append(f"fqt1bit: skip={unmatched} names no layer; layers: {names}")
+    blind = ", ".join(site.name for site in state.sites if site.is_blind)
+    if blind:
+        messages.append(
+            f"fqt1bit: activation='sign' tells nothing of inputs that are never negative (a ReLU's): all bits are +1 in"
+            f" {blind}; activation='auto' takes a threshold there"
+        )
     messages += [f"fqt1bit: {reason}" for reason in state.avoided.reasons]
     return messages
 

@@ -164,6 +164,9 @@ def _from_outside(state: State) -> list[fx.Node]:
 def _choose(site: Site, config: FQTConfig, proven: NonNegativity, possible: NonNegativity) -> None:
     """Set the activation code of a packed site, where its threshold comes from, and why."""
     site.activation, site.activation_reason = choose_code(site.x, config.activation, proven, possible)
+    site.is_blind = site.activation == "sign" and proven(site.x)
+    if site.is_blind:
+        site.activation_reason += f", but its input is non-negative ({_origin(site.x)}): all bits are +1"
     if site.activation == "threshold":
         site.batch_norm = threshold.from_batch_norm(site.x) if config.threshold == "auto" else None
         site.threshold = (

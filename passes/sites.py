@@ -37,7 +37,8 @@ class Site:
     ``rows_are_tokens``: a linear layer over more than one leading axis, whose rows attention may mix.
     ``aliases``: other names of its weight, where several layers share it.
     ``decision``, ``reason``, ``activation``, ``threshold`` (``channel``, ``sample`` or ``batch``; None for the sign
-    code) and ``batch_norm`` (what a threshold per channel is made from) are filled by later passes.
+    code), ``batch_norm`` (what a threshold per channel is made from) and ``is_blind`` (the sign code of an input that
+    is never negative: all bits are +1) are filled by later passes.
     """
 
     index: int
@@ -68,6 +69,7 @@ class Site:
     activation_reason: str = ""
     threshold: str | None = None
     batch_norm: BatchNormThreshold | None = None
+    is_blind: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ def assert_equal_steps(a, b) -> None:
             assert torch.equal(gradient, b[1][name]), name
 
 
+@pytest.mark.filterwarnings("ignore:fqt1bit. activation='sign' tells nothing")
 @pytest.mark.rotates(2)
 @pytest.mark.parametrize(
     ("options", "autocast"),

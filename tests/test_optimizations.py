@@ -103,6 +103,7 @@ def test_values_of_windows_that_overlap_and_of_several_tensors_are_written():
 
 
 @pytest.mark.rotates(3)
+@pytest.mark.filterwarnings("ignore:fqt1bit. activation='sign' tells nothing")
 def test_a_relu_inside_the_mask_of_its_packing_is_masked_once():
     packed, relus = 4, 5
     for x in (images(), images().contiguous(memory_format=torch.channels_last)):

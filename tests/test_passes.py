@@ -179,6 +179,16 @@ def test_activation_codes_by_non_negativity(function, code):
     assert sites_of(Activations(function), torch.randn(4, 64), skip=())[0].activation == code
 
 
+def test_the_sign_of_what_is_never_negative_is_announced():
+    """Asked for, it is taken; but all bits are +1, and the layer sees nothing."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    with pytest.warns(FQTWarning, match="never negative .a ReLU's.: all bits are [+]1 in 2; activation='auto'") as said:
+        (graph,) = capture(model, (torch.randn(4, 64),), {}, FQTConfig(activation="sign", skip=()))
+    assert len(said) == 1
+    assert "input is non-negative (relu): all bits are +1" in graph.sites[1].activation_reason
+    assert graph.sites[2].activation_reason == "asked for by activation='sign'"
+
+
 def test_operands_are_packed_once():
     """Three projections of one input share its bits; a weight used twice shares its."""
 

@@ -166,6 +166,7 @@ def test_every_statement_of_programs_on_special_values_and_the_epilogue_of_the_o
 
 WHOLE_MODEL = """
 import json
+import warnings
 import torch
 from support import sample
 from support.nets import SmallNet, small_batch, step_gradients
@@ -174,6 +175,7 @@ from torchvision.models.resnet import BasicBlock
 from fqt_compile.kernels.gpu import launch as gpu_launch
 torch.set_num_threads(1)
 torch.manual_seed(0)
+warnings.filterwarnings("ignore", message="fqt1bit: activation='sign' tells nothing")
 def block(width, channels):
     return nn.Conv2d(width, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
 pooled = nn.Sequential(*block(3, 32), nn.MaxPool2d(2), BasicBlock(32, 32), nn.MaxPool2d(3, 2, 1), *block(32, 64),
