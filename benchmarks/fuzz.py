@@ -263,7 +263,8 @@ def main() -> int:
             undecided.append(found)
             return
         differences.append(found)
-        assert found <= TOLERANCE, f"{name} differs by {found:.2g} of its norm in {list(x.shape)} {options} {model.seed} {model}"
+        case_text = f"{list(x.shape)}, seed {model.seed}, {options} {model}"
+        assert found <= TOLERANCE, f"{name} differs by {found:.2g} of its norm in {case_text}"
 
     failure = None
     try:
