@@ -22,7 +22,7 @@ from torch._inductor.decomposition import select_decomp_table
 from ..kernels import reference
 from .call import Call, takes
 from .emit import Emitter
-from .graph import aten, erase_dead, is_call, site_of, value
+from .graph import Replacements, aten, erase_dead, is_call, site_of, value
 from .local import same
 from .products import PRODUCTS
 from .state import State, graph_pass
@@ -87,6 +87,7 @@ def batch_norm(state: State) -> None:
 
 def _project(emitter: Emitter, norms: Iterable[fx.Node], rows: fx.Node, all_used: bool) -> None:
     """Replace the backward of ``norms`` by the projection on the kept ``rows``; without ``all_used`` some may be -1."""
+    replacements = Replacements(emitter.graph)
     for node in norms:
         at = emitter.at(node, "step")
         norm = Call(node)
@@ -97,18 +98,20 @@ def _project(emitter: Emitter, norms: Iterable[fx.Node], rows: fx.Node, all_used
         full = at.call("batch_norm", fqt.scatter_rows.default, grad, rows, at.size(norm.input, 0))
         for item in list(node.users):
             made = (full, *parameters)[Call(item).index]
-            item.replace_all_uses_with(at.cast("batch_norm", made, value(item).dtype))
+            replacements.replace(item, at.cast("batch_norm", made, value(item).dtype))
+    replacements.finish()
     erase_dead(emitter.graph)
 
 
 def _write_out(emitter: Emitter) -> None:
     """Replace every BatchNorm node that is left by Inductor's decomposition."""
-    table = select_decomp_table()
+    table, replacements = select_decomp_table(), Replacements(emitter.graph)
     for node in list(emitter.graph.nodes):
         if node.op != "call_function" or node.target not in {*FORWARD, BACKWARD}:
             continue
         at = emitter.at(node, site_of(node))
         results = at.inline("batch_norm", table[node.target], *node.args, **node.kwargs)
         for item in list(node.users):
-            item.replace_all_uses_with(results[Call(item).index])
+            replacements.replace(item, results[Call(item).index])
+    replacements.finish()
     erase_dead(emitter.graph)

@@ -23,6 +23,7 @@ from .graph import (
     TRANSPOSES,
     VIEWS,
     Provenance,
+    add_call,
     aten,
     first,
     is_backward,
@@ -42,10 +43,11 @@ COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace"
 
 @dataclasses.dataclass(frozen=True)
 class _Traced:
-    """What a function of tensors computes, and how its results are nested."""
+    """What a function of tensors computes, how its results are nested, and which nodes' fake results can be copied."""
 
     graph: fx.Graph
     result_spec: Any
+    known: frozenset[fx.Node]
 
 
 def _described(argument: Any) -> Any:
@@ -104,7 +106,7 @@ def _view(fake_mode: Any, like: torch.Tensor, base: torch.Tensor) -> torch.Tenso
     with no_dispatch():
         meta = torch.empty(0, dtype=like.dtype, device="meta")
         meta.set_(base.untyped_storage(), like.storage_offset(), like.shape, like.stride())
-        return FakeTensor(fake_mode, meta, like.device)
+        return _faked(fake_mode, meta, like)
 
 
 def fresh(fake_mode: Any, like: torch.Tensor, stride: Sequence[int] | None = None) -> torch.Tensor:
@@ -112,7 +114,19 @@ def fresh(fake_mode: Any, like: torch.Tensor, stride: Sequence[int] | None = Non
     with no_dispatch():
         strides = like.stride() if stride is None else stride
         meta = torch.empty_strided(like.shape, strides, dtype=like.dtype, device="meta")
+        return _faked(fake_mode, meta, like)
+
+
+def _faked(fake_mode: Any, meta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``meta`` as a fake tensor of the device of ``like``. What its constructor sets is copied: half of its time."""
+    if not isinstance(like, FakeTensor) or like.fake_mode is not fake_mode or fake_mode._allow_unsafe_data_ptr_access:
         return FakeTensor(fake_mode, meta, like.device)
+    made = torch.Tensor._make_subclass(
+        FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=like.fake_device
+    )
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    made.__dict__.update(like.__dict__, constant=None)
+    return made
 
 
 @dataclasses.dataclass
@@ -156,7 +170,9 @@ class Emitter:
 
         with self.fake_mode, maybe_enable_thunkify(), torch.no_grad():
             graph = make_fx(call, select_decomp_table())(*map(value, nodes)).graph
-        traced[key] = _Traced(graph, result_spec[0])
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        known = [node for node in calls if _memory(node.target) != "unknown" and not _is_symbolic(value(node))]
+        traced[key] = _Traced(graph, result_spec[0], frozenset(known))
         return traced[key], nodes
 
     def at(self, anchor: fx.Node, site: str) -> Insertion:
@@ -178,7 +194,7 @@ class Insertion:
         if target in REQUIRES_STRIDES and not is_contiguous_or_false(value(args[0])):
             target = aten.reshape.default  # an operand traced in one memory format may have become NHWC
         with self.emitter.graph.inserting_before(self.anchor):
-            node = self.emitter.graph.call_function(target, args, kwargs)
+            node = add_call(self.emitter.graph, target, args, kwargs)
         following = self._behind_operands(node)
         result = self._fake_result(node)
         self._describe(node, result, role)
@@ -206,10 +222,14 @@ class Insertion:
         known = dict(zip([n for n in traced.graph.nodes if n.op == "placeholder"], nodes, strict=True))
         for node in traced.graph.nodes:
             if node.op == "call_function":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
                 with self.emitter.graph.inserting_before(self.anchor):
-                    known[node] = self.emitter.graph.node_copy(node, known.__getitem__)
-                self._behind_operands(known[node])
-                self._describe(known[node], self._as_traced(known[node], value(node)), role)
+                    made = add_call(self.emitter.graph, node.target, args, kwargs, node.name)
+                known[node] = made
+                made.meta.update(node.meta)
+                self._behind_operands(made)
+                result = self._again(made, value(node)) if node in traced.known else self._computed(made)
+                self._describe(made, result, role)
         (output,) = (n for n in traced.graph.nodes if n.op == "output")
         results = [known[r] if isinstance(r, fx.Node) else r for r in first(output)]
         return tree_unflatten(results, traced.result_spec)
@@ -223,11 +243,6 @@ class Insertion:
         if key is not None and not _is_symbolic(result):
             known[key] = result
         return result
-
-    def _as_traced(self, node: fx.Node, traced: Any) -> Any:
-        """The same, where what equal operands gave is known."""
-        is_known = _memory(node.target) != "unknown" and not _is_symbolic(traced)
-        return self._again(node, traced) if is_known else self._computed(node)
 
     def _again(self, node: fx.Node, result: Any) -> Any:
         """A value of its own like ``result``, since Inductor takes it for memory."""
@@ -255,7 +270,7 @@ class Insertion:
 
     def _item(self, node: fx.Node, i: int, part: Any, role: str, following: fx.Node) -> fx.Node:
         with self.emitter.graph.inserting_before(following):
-            item = self.emitter.graph.call_function(operator.getitem, (node, i))
+            item = add_call(self.emitter.graph, operator.getitem, (node, i), {})
         self._describe(item, part, role)
         return item
 

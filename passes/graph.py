@@ -41,6 +41,18 @@ def site_of(node: fx.Node) -> str:
     return made.site if made else "step"
 
 
+def add_call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None
+) -> fx.Node:
+    """A call at the graph's insertion point. With operands from the beginning, ``create_node`` would look through all
+    of them for raw symbolic sizes, which takes as long as the rest."""
+    node = graph.create_node("call_function", target, name=name)
+    node.args = args
+    if kwargs:
+        node.kwargs = kwargs
+    return node
+
+
 def mark(node: fx.Node, role: str) -> None:
     """Give a node made by a pass the role by which it is looked up (``output``, ``grad_input``, ...)."""
     node.meta["fqt"] = dataclasses.replace(node.meta["fqt"], role=role)
@@ -107,6 +119,25 @@ def root(node: fx.Node) -> fx.Node:
 def position(node: fx.Node) -> Any:
     """Orders nodes as they stand in the graph, also after insertions."""
     return node._sort_key
+
+
+class Replacements:
+    """Nodes to be read instead of others: by the output at the end, all at once, since each change of it looks at all
+    that a graph returns."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph, self._returned = graph, dict[fx.Node, fx.Node]()
+
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """Let everything but the output read ``new`` instead of ``node``."""
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
+        if node.users:
+            self._returned[node] = new
+
+    def finish(self) -> None:
+        """Let the output read what is new."""
+        output = self.graph.output_node()
+        output.args = fx.node.map_arg(output.args, lambda node: self._returned.get(node, node))
 
 
 def is_erased(node: fx.Node) -> bool:
