@@ -126,18 +126,23 @@ class Replacements:
     that a graph returns."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.graph, self._returned = graph, dict[fx.Node, fx.Node]()
+        self.graph, self._new = graph, dict[fx.Node, fx.Node]()
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Let everything but the output read ``new`` instead of ``node``."""
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user.op != "output")
-        if node.users:
-            self._returned[node] = new
+        self._new[node] = new
 
     def finish(self) -> None:
-        """Let the output read what is new."""
+        """Let the output read what is new, and what that was replaced by later."""
+
+        def newest(node: fx.Node) -> fx.Node:
+            while node in self._new:
+                node = self._new[node]
+            return node
+
         output = self.graph.output_node()
-        output.args = fx.node.map_arg(output.args, lambda node: self._returned.get(node, node))
+        output.args = fx.node.map_arg(output.args, newest)
 
 
 def is_erased(node: fx.Node) -> bool:

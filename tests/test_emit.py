@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fqt_compile.models import small_vgg
 from fqt_compile.passes import emit
-from fqt_compile.passes.graph import value
+from fqt_compile.passes.graph import Replacements, value
 
 NETS = {
     "vgg": (lambda: small_vgg(10), (4, 3, 16, 16)),
@@ -79,3 +79,20 @@ def test_known_results_are_what_would_be_computed(net, monkeypatch):
     captured(build(), torch.randn(shape))
     assert seen["others"] > 50
     assert seen["views"] > 5
+
+
+def test_the_output_reads_what_is_new_and_what_that_was_replaced_by():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    old, new, newer = (graph.call_function(torch.relu, (x,)) for _ in range(3))
+    user = graph.call_function(torch.neg, (old,))
+    output = graph.output((old, [user, x]))
+    replacements = Replacements(graph)
+    replacements.replace(old, new)
+    assert user.args == (new,)
+    replacements.replace(new, newer)
+    assert (user.args, output.args) == ((newer,), ((old, [user, x]),))
+    replacements.finish()
+    assert output.args == ((newer, [user, x]),)
+    assert not old.users
+    assert not new.users
